@@ -1,0 +1,1 @@
+"""Training a draft model: data, anchors, loss and the recipe; inference never imports it."""
