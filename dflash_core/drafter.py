@@ -1,0 +1,58 @@
+"""Who guesses the block: the DFlash draft model, or nobody; knows no acceptance rule."""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dflash_core.model import DFlashDraftModel
+    from dflash_core.target import Target
+
+
+class Drafter(Protocol):
+    """One run's source of guesses."""
+
+    taps: tuple[int, ...]
+    """Target layers whose hidden states `commit` wants, () for none."""
+    max_drafted: int
+    """The most tokens `propose` can draft in one block."""
+
+    def commit(self, features: Tensor) -> None:
+        """Take the tapped hidden states [1, n, taps * H] of n newly committed tokens, each exactly once, in order."""
+
+    def propose(self, anchor: int, k: int) -> Tensor:
+        """Logits [k, V] of the k tokens after the anchor, which follows all committed features."""
+
+
+class NoDraft:
+    """The baseline: proposes nothing and taps nothing, so plain decoding pays for neither."""
+
+    taps: tuple[int, ...] = ()
+    max_drafted = 0
+
+    def commit(self, features: Tensor) -> None:
+        raise AssertionError("the baseline taps no layers")
+
+    def propose(self, anchor: int, k: int) -> Tensor:
+        raise AssertionError("the baseline drafts nothing")
+
+
+class DFlashDrafter:
+    """Fills [anchor, MASK x k] in one forward of the draft model, between the target's embedding and its head."""
+
+    def __init__(self, target: "Target", draft: "DFlashDraftModel", block_size: int | None = None) -> None:
+        config = draft.config
+        self.taps = config.target_layer_ids
+        self.max_drafted = (block_size or config.block_size) - 1
+        self._target, self._draft, self._cache = target, draft, draft.new_cache()
+        self._masks = torch.full((1, config.block_size), config.mask_token_id, device=draft.fc.weight.device)
+
+    def commit(self, features: Tensor) -> None:
+        self._draft.extend(self._cache, features.to(self._masks.device))
+
+    def propose(self, anchor: int, k: int) -> Tensor:
+        ids = self._masks[:, : k + 1].clone()
+        ids[0, 0] = anchor
+        block = self._target.embed(ids).to(self._draft.fc.weight)
+        return self._target.head(self._draft.fill(self._cache, block)[0, 1:])
