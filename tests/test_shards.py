@@ -2,12 +2,12 @@
 
 import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dflash_core.errors import TrainingError
-from dflash_core.training import shard_writer
 from dflash_core.training.shard_writer import Sample, ShardWriter, write_all
 from dflash_core.training.shards import TokenShards
 
@@ -107,11 +107,12 @@ def test_a_full_disk_is_reported_and_costs_nothing_saved(tmp_path, monkeypatch):
         writer.add(sample)
     writer.save()
 
-    def full(arrays, path):
-        path.write_bytes(b"half")
+    def full(path, data):
+        with path.open("wb") as file:
+            file.write(data[:9])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_writer, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     writer.add(samples(1, seed=1)[0])
     with pytest.raises(TrainingError, match="disk is full"):
         writer.save()

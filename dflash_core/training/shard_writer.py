@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dflash_core.errors import TrainingError
 from dflash_core.training.shards import MANIFEST, TokenShards, read_manifest, shard_files
@@ -127,7 +127,7 @@ class ShardWriter:
             arrays = self._arrays()
             if shutil.disk_usage(self.folder).free < self._bytes + 2**20:
                 raise no_space(self.folder, self._bytes)
-            replace_file(self.folder / f"shard-{self._index:05d}.safetensors", lambda path: save_file(arrays, path))
+            replace_file(self.folder / f"shard-{self._index:05d}.safetensors", lambda path: path.write_bytes(save(arrays)))
             self._unsaved = len(self._rows)
         self._save_manifest()
 
