@@ -99,7 +99,10 @@ class Stream {
     const groups = this.steps.get(step.index);
     if (!rejected.length || !groups) return;
     const shown = rejected.map(piece => visible(piece, 24).replace(/␣/g, ' ')).join('');
-    groups[groups.length - 1].append(h('span', { class: 'dfx-ghost', 'data-text': shown, 'aria-hidden': 'true' }));
+    const ghost = h('span', { class: 'dfx-ghost', 'data-text': shown, 'aria-hidden': 'true' });
+    const group = groups[groups.length - 1];
+    const last = group.lastElementChild;
+    group.insertBefore(ghost, last && last.classList.contains('newline') ? last : null);
   }
 
   // Everything after step `index` is the future: -1 leaves the first token, -2 nothing, Infinity all.

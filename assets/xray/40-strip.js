@@ -23,11 +23,21 @@ class Strip {
     const step = run.steps[index];
     setText(this.sentence, phaseSentence(run, index, phase));
     this.node.classList.toggle('empty', !step && !run.prefill);
-    this.node.classList.toggle('plain', Boolean(step) && !step.drafted.length);
+    this.node.classList.toggle('plain', !step || !step.drafted.length);
+    this.node.classList.toggle('first', !step);
     const cells = step ? stepCells(step, phase) : prefillCells(run);
     cells.forEach((cell, i) => this.slot(i).fill(cell));
     this.slots.forEach((slot, i) => { slot.node.hidden = i >= cells.length; });
-    this.times.show(step, run.prefill, phase);
+    this.times.show(step, phase);
+    this.centre(step ? Math.min(step.accepted + 1, cells.length - 1) : 0);
+  }
+
+  // In a narrow view the slot that decided the step is the one to see.
+  centre(i) {
+    const { scroller, track } = this;
+    if (scroller.scrollWidth <= scroller.clientWidth) return;
+    const slot = track.children[i];
+    scroller.scrollLeft = slot.offsetLeft + slot.offsetWidth / 2 - scroller.clientWidth / 2;
   }
 
   slot(i) {
@@ -57,15 +67,16 @@ const stepCells = (step, phase) => {
     aria: `Anchor ${visible(step.pieces.anchor)}, written before` }];
   for (let slot = 1; slot <= k; slot++) cells.push(draftCell(step, slot, phase));
   if (phase === 'verdict') cells.push(extraCell(step, k));
-  else cells.push({ no: k ? `+1` : 'next', verdict: '', target: '', targetKind: 'mask', aria: 'Target’s own token, not computed yet' });
+  else cells.push({ wide: visible(step.pieces.posterior[k]).length, no: k ? '+1' : 'next', verdict: '', target: '', targetKind: 'mask', aria: 'Target’s own token, not computed yet' });
   return cells;
 };
 
 const draftCell = (step, slot, phase) => {
   const i = slot - 1;
   const piece = step.pieces.drafted[i];
-  if (phase === 'mask') return { no: slot, draftKind: 'mask', draft: '', verdict: '', targetKind: 'mask', target: '', aria: `Slot ${slot}: mask` };
-  const base = { no: slot, draft: piece, draftConfidence: step.draft_confidence[i] };
+  const wide = Math.max(visible(piece).length, visible(step.pieces.posterior[i]).length);
+  if (phase === 'mask') return { wide, no: slot, draftKind: 'mask', draft: '', verdict: '', targetKind: 'mask', target: '', aria: `Slot ${slot}: mask` };
+  const base = { wide, no: slot, draft: piece, draftConfidence: step.draft_confidence[i] };
   if (phase === 'draft') {
     return { ...base, draftKind: 'guess', verdict: '?', target: '', targetKind: 'mask', aria: `Slot ${slot}: guessed ${visible(piece)}` };
   }
@@ -98,7 +109,7 @@ const extraCell = (step, k) => {
   const kind = !used ? 'unused' : k ? 'bonus' : 'plain';
   const piece = step.pieces.posterior[k];
   return {
-    no: k ? '+1' : 'next', verdict: used && k ? '★' : '', late: !used, target: piece, targetKind: kind,
+    wide: visible(piece).length, no: k ? '+1' : 'next', verdict: used && k ? '★' : '', late: !used, target: piece, targetKind: kind,
     targetConfidence: step.target_confidence[k],
     aria: used ? `${k ? 'Bonus' : 'Target'}: ${visible(piece)}` : `Not used: ${visible(piece)}`,
   };
@@ -120,6 +131,8 @@ class Slot {
     setText(this.verdict, cell.verdict);
     setClass(this.node, `dfx-slot is-${cell.draftKind || cell.targetKind}${cell.late ? ' late' : ''}`);
     this.node.setAttribute('aria-label', cell.aria);
+    // The final width from the start, so that a replay does not shift while slots fill.
+    this.node.style.setProperty('--wide', Math.min(cell.wide || 1, 13));
   }
 }
 
@@ -134,7 +147,9 @@ const CHIP_TIPS = {
 class Chip {
   constructor(row) {
     this.row = row;
-    this.token = h('bdi', { class: 'dfx-chip-text' });
+    this.lead = h('span', { class: 'dfx-lead' });
+    this.word = h('span');
+    this.token = h('bdi', { class: 'dfx-chip-text' }, this.lead, this.word);
     this.bar = h('i', { class: 'dfx-bar' });
     this.figure = h('span', { class: 'dfx-figure' });
     this.node = h('span', { class: 'dfx-chip' }, this.token, h('span', { class: 'dfx-sure' }, this.bar, this.figure));
@@ -142,7 +157,10 @@ class Chip {
 
   fill(piece, kind, confidence) {
     setClass(this.node, `dfx-chip ${this.row} ${kind || 'none'}`);
-    setText(this.token, kind === 'mask' ? '▒▒' : piece === undefined ? '' : visible(piece));
+    const shown = kind === 'mask' ? '▒▒' : piece === undefined ? '' : visible(piece);
+    const blank = shown.length > 1 && shown.startsWith('␣') ? '␣' : '';
+    setText(this.lead, blank);
+    setText(this.word, shown.slice(blank.length));
     const known = confidence !== undefined && confidence !== null;
     this.bar.style.setProperty('--sure', known ? confidence : 0);
     setText(this.figure, known ? percent(confidence) : '');
@@ -160,7 +178,7 @@ class Times {
     this.node = h('p', { class: 'dfx-times' }, this.draft, this.bar, this.verify, this.each);
   }
 
-  show(step, prefill, phase) {
+  show(step, phase) {
     const verdict = phase === 'verdict';
     this.node.hidden = !step;
     if (!step) return;

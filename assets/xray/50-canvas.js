@@ -118,7 +118,7 @@ const drawStepBar = (pen, run, scale, b, y, base, cursor, ink) => {
   const committed = (end.committed - start.committed) / (to - from);
   const own = Math.min(committed, 1);
   const x = TIMELINE.left + b * scale.pitch;
-  const gap = scale.pitch > 3 ? 1 : 0;
+  const gap = scale.pitch > 8 ? 2 : scale.pitch > 3 ? 1 : 0;
   pen.globalAlpha = from > cursor ? 0.3 : 1;
   const drafted = committed - own;
   if (drafted > 0) {
@@ -190,6 +190,9 @@ const drawOverTime = (pen, width, height, run, cursor, ink) => {
   text(pen, ink.muted, '0', left, height - 4);
   text(pen, ink.text, plural(most, 'token'), left, 10);
   if (other) curve(pen, other, other.steps.length - 1, x, y, ink.muted, [4, 3]);
+  pen.globalAlpha = 0.3;
+  curve(pen, run, run.steps.length - 1, x, y, run.k ? ink.accepted : ink.text);
+  pen.globalAlpha = 1;
   curve(pen, run, Math.min(cursor, run.steps.length - 1), x, y, run.k ? ink.accepted : ink.text);
 };
 

@@ -1,6 +1,6 @@
 // Which moment of the run is shown: following live, standing still at a step, or replaying on the measured clock.
 
-const SPEEDS = [[1, '1×', 'measured speed'], [0.5, '½', 'half speed'], [0.1, '⅒', 'a tenth'], [0.01, '1/100', 'a hundredth']];
+const SPEEDS = [[1, '1×', 'measured speed'], [0.5, '1/2', 'half speed'], [0.1, '1/10', 'a tenth of the speed'], [0.01, '1/100', 'a hundredth of the speed']];
 // Below this many seconds on screen a step is too short to show mask, guess and verdict one after the other.
 const PHASED_SECONDS = 0.24;
 

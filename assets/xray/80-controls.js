@@ -11,6 +11,7 @@ class Controls {
       type: 'button', class: 'dfx-button speed', 'aria-pressed': String(speed === 1), title: `Replay at ${label}`, 'aria-label': `Replay at ${label}`, onclick: () => xray.setSpeed(speed),
     }, name));
     this.ghosts = toggle('Show rejected', 'Show, in the reply, what the draft guessed and the target threw away', on => xray.showRejected(on));
+    this.ghosts.classList.add('ghosts');
     this.stepMode = toggle('Step by step', 'Let the decoding wait for “Next step” after every block', on => this.setStepMode(on));
     this.next = h('button', { type: 'button', class: 'dfx-button primary', onclick: () => xray.next() }, 'Next step');
     this.next.hidden = true;

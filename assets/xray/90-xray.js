@@ -308,7 +308,7 @@ const page = doc => {
     prompt.hidden = false;
     prompt.append(h('p', {}, asked.content));
   }
-  const when = header.created ? new Date(header.created).toLocaleString() : '';
+  const when = header.created ? new Date(header.created).toLocaleString([], { dateStyle: 'medium', timeStyle: 'short' }) : '';
   setText(doc.querySelector('.dfx-page-facts'), [summary(xray.run), when].filter(Boolean).join(' · '));
   return xray;
 };
