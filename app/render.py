@@ -34,7 +34,7 @@ def xray_kwargs(
     step_mode   offer "Step by step": fires `step_mode` {"on": bool} and `next_step` {}; `step_selected` {"step": i}
                 fires whenever a reader picks a step
     gradio      anything else for gr.HTML, such as elem_id
-    The page also needs `launch(css=app_css(), head=app_head())`.
+    The page also needs `launch(head=app_head())`.
     """
     options = {"label": label, "controls": controls, "charts": charts, "compact": compact, "stepMode": step_mode}
     return {
@@ -67,9 +67,11 @@ def xray_js_on_load() -> str:
 
 
 @cache
-def app_css() -> str:
+def xray_css() -> str:
     """The style of every X-ray, light and dark."""
-    return _joined("*.css")
+    style = _joined("*.css")
+    assert "</style" not in style
+    return style
 
 
 @cache
@@ -81,8 +83,11 @@ def xray_js() -> str:
 
 
 def app_head() -> str:
-    """For `launch(head=...)`: the script, in the page before any component loads."""
-    return f"<script>{xray_js()}</script>"
+    """For `launch(head=...)`: style and script, in the page before any component loads.
+
+    The style must not go through `launch(css=...)`: Gradio rewrites that and loses container queries.
+    """
+    return f"<style>{xray_css()}</style>\n<script>{xray_js()}</script>\n"
 
 
 def export_page(trace: Trace, title: str = "") -> str:
@@ -91,7 +96,7 @@ def export_page(trace: Trace, title: str = "") -> str:
     options = {"label": "X-ray", "controls": True, "charts": True, "compact": False, "stepMode": False}
     return _PAGE.format(
         title=heading,
-        css=app_css(),
+        css=xray_css(),
         script=xray_js(),
         shell=xray_html_template(options),
         data=trace.ndjson,
