@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--batch", type=int, metavar="ROWS", help="rows decoded together; default: what fits, 2048 at most")
+    add("--eager", action="store_true", help="on CUDA: no captured graph (for targets whose step cannot be captured)")
     server = parser.add_argument_group("OpenAI-compatible server instead")
     add = server.add_argument
     add("--server", metavar="URL", help="such as http://localhost:8000/v1")

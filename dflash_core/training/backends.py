@@ -64,7 +64,7 @@ def _open_local(args: argparse.Namespace) -> Backend:
     model = pair.target.model
     capacity = _need_context(args, pair.context_length)
     rows = args.batch or fitting_rows(model, capacity)
-    engine = Engine(model, pair.stop_token_ids, rows, capacity, seed=args.seed)
+    engine = Engine(model, pair.stop_token_ids, rows, capacity, seed=args.seed, eager=args.eager)
 
     def facts() -> dict[str, Any]:
         return {

@@ -5,7 +5,9 @@ one captured CUDA graph on a GPU and plain eager code elsewhere, the same code. 
 prefilled; the last one enters as the row's current token, so that every reply token comes from the same step.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -58,34 +60,30 @@ def pick(logits: Tensor, temperature: Tensor) -> Tensor:
 class Engine:
     """Owns the rows' state on the device. The model is switched to slot attention and stays so."""
 
-    def __init__(self, model: Any, stop_token_ids: Sequence[int], rows: int, capacity: int, seed: int = 0) -> None:
+    def __init__(self, model: Any, stop_token_ids: Sequence[int], rows: int, capacity: int, seed: int = 0, eager: bool = False) -> None:
         """`capacity`: prompt plus reply tokens a row can hold. Raises `TrainingError` for unsuited targets or no memory.
 
         The device's default random generator is seeded: it is the one that captured graphs advance.
         """
         assert rows >= 1 and capacity >= 2
         torch.manual_seed(seed)
-        self.model, self.device, self.rows, self.capacity = model, model.device, rows, capacity
+        self.model, self.device, self.rows = model, model.device, rows
+        # SDPA's fast kernels want aligned masks.
+        self.capacity = -(-capacity // 16) * 16
         use_slots(model)
-        self.attention = slot_kernel.check(self.device)
+        self.attention = slot_kernel.check(self.device, model.dtype, head_size(model))
         self.stop_ids = tuple(stop_token_ids)
         self._stops = torch.tensor(self.stop_ids or (-1,), device=self.device)
         self._token, self._position, self._last = (torch.zeros(rows, dtype=torch.long, device=self.device) for _ in range(3))
         self._temperature = torch.zeros(rows, device=self.device)
         self._running = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self._history = torch.zeros((rows, capacity), dtype=torch.int32, device=self.device)
-        self._slots = Slots(rows, capacity, self._position)
+        self._history = torch.zeros((rows, self.capacity), dtype=torch.int32, device=self.device)
+        self._slots = Slots(rows, self.capacity, self._position)
         self._owners: list[Job | None] = [None] * rows
         self._graph: Any = None
         self.steps = 0
-        try:
-            self._prepare()
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                "The device has too little memory for this batch.",
-                f"{rows} rows of {capacity} tokens do not fit.",
-                "Lower --batch, --max-prompt or --max-reply.",
-            ) from error
+        with self._memory_errors():
+            self._prepare(eager)
 
     @property
     def device_name(self) -> str:
@@ -100,15 +98,22 @@ class Engine:
 
         Prompts prefilled together should be alike in length: sort them in windows.
         """
-        waiting = iter(jobs)
-        while True:
-            free = [row for row, owner in enumerate(self._owners) if owner is None]
-            fresh = list(islice(waiting, len(free)))
-            self._fill(free[: len(fresh)], fresh)
-            if all(owner is None for owner in self._owners):
-                return
-            self._run()
-            yield from self._harvest()
+        waiting, ready, replies = iter(jobs), deque[Job](), list[Reply]()
+        with self._memory_errors():
+            while True:
+                free = [row for row, owner in enumerate(self._owners) if owner is None]
+                ready.extend(islice(waiting, max(0, len(free) - len(ready))))
+                fresh = [ready.popleft() for _ in range(min(len(free), len(ready)))]
+                self._fill(free[: len(fresh)], fresh)
+                busy = any(owner is not None for owner in self._owners)
+                if busy:
+                    self._run()
+                # A GPU is at work now: the caller's handling and the next prompts' encoding cost no time.
+                yield from replies
+                if not busy:
+                    return
+                ready.extend(islice(waiting, max(0, self.rows // 8 - len(ready))))
+                replies = self._harvest()
 
     @torch.inference_mode()
     def _fill(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
@@ -187,17 +192,19 @@ class Engine:
         return replies
 
     @torch.inference_mode()
-    def _prepare(self) -> None:
+    def _prepare(self, eager: bool) -> None:
         """Allocate the slots and, on CUDA, capture the step. No row runs, so nothing of this shows later."""
         self._prefill([0], [Job(0, [0, 0], 0.0, 1)], min(self.capacity, WIDTH_STEP))
         self._owners[0] = None
         self._running.zero_()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not eager:
             self._capture()
         else:
             self._step()
 
     def _capture(self) -> None:
+        """Record the step once, so that a replay costs the GPU's time only and not Python's."""
+        torch.cuda.set_device(self.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -206,20 +213,42 @@ class Engine:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
+        try:
+            with torch.cuda.graph(graph):
+                self._step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise TrainingError(
+                "This target's decode step cannot be captured as a graph.", f"{str(error).splitlines()[0][:200]}", "Use --eager."
+            ) from error
         self._graph = graph
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                "The device has too little memory for this batch.",
+                f"{self.rows} rows of {self.capacity} tokens do not fit.",
+                "Lower --batch, --max-prompt or --max-reply.",
+            ) from error
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+
+
+def head_size(model: Any) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def slot_bytes(model: Any) -> int:
     """Bytes of keys and values per token and row, by the target's configuration."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize)
+    return int(2 * config.num_hidden_layers * heads * head_size(model) * model.dtype.itemsize)
 
 
 def fitting_rows(model: Any, capacity: int) -> int:

@@ -19,6 +19,8 @@ except ImportError:  # CPU builds of torch come without it
 BLOCK = 64
 MIN_GROUP = 16  # the smallest tile of a tensor-core product
 NO_WINDOW = 2**30
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (32, 64, 128, 256)
 _checked: bool | None = None
 
 if triton is not None:
@@ -79,9 +81,9 @@ def usable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         _checked is True
         and query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype in DTYPES
         and dim == value.shape[-1]
-        and dim in (32, 64, 128, 256)
+        and dim in HEAD_SIZES
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     )
 
@@ -105,14 +107,17 @@ def agrees(device: torch.device | str, dtype: torch.dtype, tolerance: float = 2e
     return True
 
 
-def check(device: torch.device) -> str:
+def check(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """Decide once whether the kernel is used on this device; returns why or why not, in a few words."""
     global _checked
     if triton is None or device.type != "cuda":
         return "masked SDPA (no Triton on this device)"
+    if dtype not in DTYPES or head_size not in HEAD_SIZES:
+        return f"masked SDPA (no kernel for {str(dtype).removeprefix('torch.')} heads of {head_size})"
     if _checked is None:
         try:
-            _checked = agrees(device, torch.bfloat16)
+            torch.cuda.set_device(device)
+            _checked = agrees(device, dtype)
         except Exception as error:  # a compiler that is missing or broken shows itself in many types
             _checked = False
             return f"masked SDPA (the Triton kernel failed: {_first_line(error)})"

@@ -95,6 +95,7 @@ def slot_attention(
 
 def _prefill(query: Tensor, key: Tensor, value: Tensor, scaling: float, _: None, window: int | None) -> Tensor:
     width, mask = query.shape[2], None
+    assert width == key.shape[2], "a target switched to slots decodes through its engine only"
     if window is not None and window < width:
         step = torch.arange(width, device=query.device)
         behind = step[:, None] - step[None]
