@@ -1,24 +1,20 @@
-"""Finds checkpoint folders on disk or on the Hub and reads draft models from them; knows nothing of pairs or devices."""
+"""Finds checkpoint folders on disk or on the Hub and names their files; knows nothing of what the weights mean."""
 
+import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
-from dflash_core.config import DraftConfig
-from dflash_core.default_target import Progress, disk_errors
 from dflash_core.errors import LoadError
-from dflash_core.model import DFlashDraftModel
 
-ARCHITECTURE = "DFlashDraftModel"
+Progress: TypeAlias = Callable[[str, float | None], None]
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-DRAFT_DTYPES = ("F32", "F16", "BF16")
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 # Folders inside a repository and "consolidated" files repeat the same weights in another format.
 _UNWANTED = ("*/*", "consolidated*")
@@ -117,8 +113,7 @@ def hub_errors(source: str) -> Iterator[None]:
     except hub.HFValidationError as error:
         raise LoadError(wrong, "It is not a valid Hub id.", "Give 'owner/name' or a local folder.") from error
     except (http_error, ConnectionError, TimeoutError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LoadError(wrong, f"The connection failed: {first_line}.", "Check the network and try again.") from error
+        raise LoadError(wrong, f"The connection failed: {first_line(error)}", "Check the network and try again.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,24 +132,6 @@ def read_json(path: Path) -> dict[str, Any]:
             "A checkpoint's file is unreadable.", f"{path} holds no JSON object.", "Download the checkpoint again."
         )
     return value
-
-
-def read_draft_config(raw: dict[str, Any]) -> DraftConfig:
-    """Dispatch on `architectures` and `dflash_config`: a plain Qwen3 has the same model type. Raises `LoadError`."""
-    names = raw.get("architectures") or []
-    is_marked = isinstance(raw.get("dflash_config"), dict)
-    if names and ARCHITECTURE not in names:
-        wrong = "This draft is a variant that is not supported." if is_marked else "This is not a DFlash draft model."
-        raise LoadError(
-            wrong, f"Its config.json declares {', '.join(map(str, names))}.", f"Give a checkpoint that declares {ARCHITECTURE}."
-        )
-    if not names and not is_marked:
-        raise LoadError(
-            "This is not a DFlash draft model.",
-            "Its config.json has neither 'architectures' nor 'dflash_config'.",
-            f"Give a checkpoint that declares {ARCHITECTURE}.",
-        )
-    return DraftConfig.from_dict(raw)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -196,63 +173,27 @@ def weight_errors(where: Path) -> Iterator[None]:
         ) from error
 
 
-def check_draft_weights(files: list[Path], config: DraftConfig) -> None:
-    """Compare the files' headers with what this shape needs: every key, no other, right sizes and types."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in files:
-        with weight_errors(path), safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                part = file.get_slice(name)
-                found[name] = (tuple(part.get_shape()), part.get_dtype())
-    expected = {name: tuple(value.shape) for name, value in empty_draft(config).state_dict().items()}
-    _check_names(set(found), set(expected))
-    for name, shape in expected.items():
-        if found[name][0] != shape:
+def disk_full(folder: Path, found: str = "The disk is full.") -> LoadError:
+    return LoadError(f"There is no room for the model in {folder}.", found, "Free some space or choose another cache folder.")
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden folder into a sentence; Rust writers say it in text only."""
+    try:
+        yield
+    except Exception as error:
+        number, text = getattr(error, "errno", None), str(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text or "No space left" in text:
+            raise disk_full(folder) from error
+        if isinstance(error, PermissionError) or number == errno.EROFS:
             raise LoadError(
-                "The draft's weights do not fit its config.json.",
-                f"'{name}' has shape {list(found[name][0])}, expected {list(shape)}.",
-                "Use the config.json that belongs to these weights.",
-            )
-        if found[name][1] not in DRAFT_DTYPES:
-            raise LoadError(
-                "The draft's weights have a type that is not supported.",
-                f"'{name}' is stored as {found[name][1]}.",
-                f"Use a checkpoint in {', '.join(DRAFT_DTYPES)}.",
-            )
+                "The model's folder cannot be written.", f"{text}.", "Allow writing there or choose another cache folder."
+            ) from error
+        raise
 
 
-def _check_names(found: set[str], expected: set[str]) -> None:
-    missing, extra = sorted(expected - found), sorted(found - expected)
-    if any("qkv" in name for name in extra):
-        variant = "fused query, key and value weights"
-    elif any("embed_tokens" in name or "lm_head" in name for name in extra):
-        variant = "an embedding or head of its own"
-    else:
-        variant = None
-    if variant is not None:
-        raise LoadError(
-            "This draft is a variant that is not supported.", f"It has {variant}.", "Use a draft in the plain DFlash layout."
-        )
-    if missing or extra:
-        raise LoadError(
-            "The draft's weights do not fit its config.json.",
-            f"{len(missing)} tensors are missing and {len(extra)} unexpected, such as '{(missing or extra)[0]}'.",
-            "Use a complete draft in the plain DFlash layout.",
-        )
-
-
-def empty_draft(config: DraftConfig) -> DFlashDraftModel:
-    """The draft's shape without memory behind it."""
-    with torch.device("meta"):
-        return DFlashDraftModel(config)
-
-
-def load_draft(files: list[Path], config: DraftConfig, device: torch.device, dtype: torch.dtype) -> DFlashDraftModel:
-    """Read checked weights into a draft model, frozen, in evaluation mode, on `device` as `dtype`."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path in files:
-        with weight_errors(path):
-            tensors |= {name: value.to(device, dtype) for name, value in load_file(path).items()}
-    draft = empty_draft(config)
-    draft.load_state_dict(tensors, strict=True, assign=True)
-    return draft.eval().requires_grad_(False)
+def first_line(error: Exception) -> str:
+    """What another library said, as one sentence."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return line if line.endswith(".") else f"{line}."

