@@ -1,12 +1,13 @@
 """`python -m dflash_core.training.regenerate`: prompts in, the target's own replies out as token shards; knows no training.
 
 Replies come from the local device or from an OpenAI-compatible server. Interrupt it at any time: the same command goes on,
-skips the prompts that are answered and loses two minutes or one shard at most.
+skips the prompts that are answered and loses a minute's work or one shard at most.
 """
 
 import argparse
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -69,9 +70,10 @@ def read_all(paths: Sequence[Path], unique: Unique) -> list[Prompt]:
     return prompts
 
 
-def gather(args: argparse.Namespace, backend: Backend, template: Template, clock: Clock, unique: Unique) -> list[Prompt]:
-    """Prompts of the files and those the target writes, shuffled. What an earlier run wrote is used again."""
-    prompts = read_all(args.prompts, unique)
+def written_prompts(
+    args: argparse.Namespace, backend: Backend, template: Template, clock: Clock, unique: Unique
+) -> list[Prompt]:
+    """What `--synthesize` asks for; prompts that an earlier run wrote into the output folder are used again."""
     pool = args.output / POOL
     mend_tail(pool)
     written = [prompt for prompt in read_prompts(pool) if unique.take(prompt)] if pool.exists() else []
@@ -87,9 +89,12 @@ def gather(args: argparse.Namespace, backend: Backend, template: Template, clock
                 backend.generate, writer, missing, unique, pool,
                 lambda made, reply: meter.show(made, len(reply.tokens)), lambda: clock.past(SYNTHESIS_SHARE),
             )  # fmt: skip
-    prompts += written[: args.synthesize]
-    random.Random(args.seed).shuffle(prompts)
-    return prompts[: args.limit]
+    return written[: args.synthesize]
+
+
+def mixed(prompts: list[Prompt], args: argparse.Namespace) -> list[Prompt]:
+    """Shuffled by the seed, so that a run that ends early still holds every kind."""
+    return random.Random(args.seed).sample(prompts, len(prompts))[: args.limit]
 
 
 def temperature_of(key: int, args: argparse.Namespace) -> float:
@@ -151,13 +156,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole command; returns the run's facts as the manifest keeps them."""
     clock, unique, tally = Clock(args.max_minutes), Unique(), Tally()
     unique.excluded = frozenset(prompt.normalised for path in args.exclude for prompt in read_prompts(path))
-    for path in args.prompts:  # a bad file must show before a model is loaded
-        read_all([path], Unique())
+    prompts = read_all(args.prompts, unique)
     backend = open_backend(args)
     template = Template(backend.tokenizer, backend.template_options)
     identity = {"target": backend.target, "revision": args.revision, "template_sha256": template.sha256}
     writer = ShardWriter(args.output, backend.vocab_size, identity, shard_bytes=int(args.shard_mb * 2**20))
-    prompts = gather(args, backend, template, clock, unique)
+    prompts = mixed(prompts + written_prompts(args, backend, template, clock, unique), args)
     open_jobs = sum(prompt.key(sample) not in writer.done for prompt in prompts for sample in range(args.samples))
     need_space(args, open_jobs, 2 if backend.vocab_size <= 2**16 else 4)
     began = time.monotonic()
@@ -197,5 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

@@ -18,7 +18,7 @@ from dflash_core.errors import TrainingError
 from dflash_core.training.shards import MANIFEST, TokenShards, read_manifest, shard_files
 
 SHARD_BYTES = 15 * 2**20
-SAVE_SECONDS = 120.0
+SAVE_SECONDS = 60.0
 
 
 def no_space(path: Path, need_bytes: int | None = None) -> TrainingError:

@@ -83,13 +83,15 @@ def synthesize(
                 return
             yield job
 
-    for reply in generate(needed()):
-        prompt = writer.prompt(reply)
-        if prompt is not None and len(made) < count and unique.take(prompt):
-            made.append(prompt)
+    try:
+        for reply in generate(needed()):
+            prompt = writer.prompt(reply)
+            if prompt is not None and len(made) < count and unique.take(prompt):
+                made.append(prompt)
             if len(made) - saved >= BATCH:
                 append_prompts(pool, made[saved:])
                 saved = len(made)
-        on_prompt(len(made), reply)
-    append_prompts(pool, made[saved:])
+            on_prompt(len(made), reply)
+    finally:
+        append_prompts(pool, made[saved:])
     return made
