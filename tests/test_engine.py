@@ -31,7 +31,9 @@ def random_jobs(count, temperature=0.0, seed=0):
 
 def reference(model, job):
     ids = torch.tensor([job.prompt], device=model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=job.max_new_tokens, do_sample=False, eos_token_id=STOPS)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=job.max_new_tokens, do_sample=False, eos_token_id=STOPS
+    )
     return out[0, len(job.prompt) :].tolist()
 
 
@@ -51,7 +53,11 @@ def test_sampled_neighbours_leave_greedy_rows_alone():
     greedy, sampled = random_jobs(8), random_jobs(8, temperature=1.0, seed=1)
     model = TARGETS["llama"]()
     expected = {job.key: reference(model, job) for job in greedy}
-    mixed = [job for both in zip(greedy, [Job(100 + j.key, j.prompt, 1.0, j.max_new_tokens) for j in sampled]) for job in both]
+    mixed = [
+        job
+        for both in zip(greedy, [Job(100 + j.key, j.prompt, 1.0, j.max_new_tokens) for j in sampled], strict=True)
+        for job in both
+    ]
     engine = Engine(model, STOPS, rows=5, capacity=CAPACITY)
     replies = {reply.job.key: reply.tokens.tolist() for reply in engine.generate(mixed)}
     assert {key: tokens for key, tokens in replies.items() if key < 100} == expected
@@ -92,7 +98,7 @@ def test_batch_size_follows_free_memory(monkeypatch):
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     row_bytes = 512 * 2 * 4 * 2 * 8 * 4 + 14 * 128
     for free_rows, rows in ((100, 80), (10_000, 2048), (0, 8)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_rows * row_bytes, 0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free_rows: (free * row_bytes, 0))
         assert fitting_rows(model, 512) == rows
 
 

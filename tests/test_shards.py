@@ -133,7 +133,12 @@ def test_bad_data_is_named(tmp_path, damage):
             shard.write_text("hello, I am no shard")
         elif damage == "lengths":
             shard.unlink()
-            np.savez(path / "shard-00000.npz", tokens=np.zeros(5, np.uint16), length=np.array([3]), prompt_length=np.array([1]))
+            np.savez(
+                path / "shard-00000.npz",
+                tokens=np.zeros(5, np.uint16),
+                length=np.array([3]),
+                prompt_length=np.array([1]),
+            )
         else:
             (path / "manifest.json").write_text("{")
     with pytest.raises(TrainingError, match=str(path)):

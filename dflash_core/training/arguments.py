@@ -12,19 +12,41 @@ from dflash_core.errors import TrainingError
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dflash_core.training.regenerate",
-        description="Let the target answer prompts and store prompt and reply as token shards for training a draft model.",
+        description="Let the target answer prompts; store prompts and replies as token shards to train a draft on.",
     )
     add = parser.add_argument
-    add("--target", default="smollm2-135m", help="a known pair's name, a folder or a Hub id (with --server: for its tokenizer)")
+    add(
+        "--target",
+        default="smollm2-135m",
+        help="a known pair's name, a folder or a Hub id (with --server: for its tokenizer)",
+    )
     add("--revision", help="branch, tag or commit of a target on the Hub")
     add("--output", type=Path, required=True, help="folder for the shards; the same command goes on in it")
     what = parser.add_argument_group("prompts")
     add = what.add_argument
     add("--prompts", type=Path, nargs="+", default=[], metavar="FILE", help='JSONL of {"messages": […], "category": …}')
-    add("--synthesize", type=int, default=0, metavar="N", help="let the target write N prompts (kept in the output folder)")
-    add("--seed-prompts", type=Path, metavar="FILE", help="own openers for --synthesize: category<TAB>opener, one a line")
+    add(
+        "--synthesize",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let the target write N prompts (kept in the output folder)",
+    )
+    add(
+        "--seed-prompts",
+        type=Path,
+        metavar="FILE",
+        help="own openers for --synthesize: category<TAB>opener, one a line",
+    )
     add("--mix", metavar="NAME=SHARE,…", help="categories for --synthesize and their shares")
-    add("--exclude", type=Path, nargs="+", default=[], metavar="FILE", help="prompts that must not occur, such as those you evaluate on")
+    add(
+        "--exclude",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="prompts that must not occur, such as those you evaluate on",
+    )
     add("--limit", type=int, metavar="N", help="use N prompts at most")
     add("--samples", type=int, default=1, metavar="N", help="replies per prompt")
     add("--max-prompt", type=int, default=256, metavar="TOKENS", help="longer prompts are left out, template included")
@@ -33,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-reply", type=int, default=384, metavar="TOKENS")
     add("--greedy-fraction", type=float, default=0.5, metavar="SHARE", help="share of replies at temperature 0")
     add("--temperature", type=float, default=0.8, metavar="T", help="of the other replies")
-    add("--template-args", default="{}", metavar="JSON", help='for the chat template, such as {"enable_thinking": false}')
+    add(
+        "--template-args",
+        default="{}",
+        metavar="JSON",
+        help='for the chat template, such as {"enable_thinking": false}',
+    )
     add("--seed", type=int, default=0)
     add("--max-minutes", type=float, metavar="M", help="stop taking prompts after this time, loading included")
     add("--shard-mb", type=float, default=15.0, metavar="MB", help="size of a full shard (MiB)")
@@ -64,12 +91,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name.replace("-", "_"))
         _need(value is None or value >= 1, name, value, "at least 1")
     _need(0.0 <= args.greedy_fraction <= 1.0, "greedy-fraction", args.greedy_fraction, "from 0 to 1")
-    _need(0.0 < args.temperature < float("inf"), "temperature", args.temperature, "above 0 (--greedy-fraction 1 is greedy)")
+    _need(
+        0.0 < args.temperature < float("inf"),
+        "temperature",
+        args.temperature,
+        "above 0 (--greedy-fraction 1 is greedy)",
+    )
     _need(args.max_minutes is None or args.max_minutes > 0, "max-minutes", args.max_minutes, "above 0")
     _need(args.synthesize >= 0, "synthesize", args.synthesize, "0 or more")
     _need(args.shard_mb > 0, "shard-mb", args.shard_mb, "above 0")
     if not args.prompts and not args.synthesize:
-        raise TrainingError("There are no prompts.", "Neither --prompts nor --synthesize is given.", "Give one of them.")
+        raise TrainingError(
+            "There are no prompts.", "Neither --prompts nor --synthesize is given.", "Give one of them."
+        )
     try:
         args.template_args = dict(json.loads(args.template_args))
     except (ValueError, TypeError) as error:

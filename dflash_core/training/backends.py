@@ -68,8 +68,9 @@ def _open_local(args: argparse.Namespace) -> Backend:
 
     def facts() -> dict[str, Any]:
         return {
-            "kind": "local", "device": engine.device_name, "dtype": str(model.dtype).removeprefix("torch."), "rows": rows,
-            "capacity": capacity, "attention": engine.attention, "graph": engine.graphed, "steps": engine.steps,
+            "kind": "local", "device": engine.device_name, "dtype": str(model.dtype).removeprefix("torch."),
+            "rows": rows, "capacity": capacity, "attention": engine.attention, "graph": engine.graphed,
+            "steps": engine.steps,
         }  # fmt: skip
 
     print(
@@ -77,7 +78,16 @@ def _open_local(args: argparse.Namespace) -> Backend:
         f"{'captured graph' if engine.graphed else 'eager'}.", file=sys.stderr, flush=True,
     )  # fmt: skip
     options = {**pair.chat_template_kwargs, **args.template_args}
-    return Backend(_name(args.target), pair.tokenizer, options, pair.target.vocab_size, capacity, max(1, rows // 2), engine.generate, facts)
+    return Backend(
+        _name(args.target),
+        pair.tokenizer,
+        options,
+        pair.target.vocab_size,
+        capacity,
+        max(1, rows // 2),
+        engine.generate,
+        facts,
+    )
 
 
 def _tokenizer(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], tuple[int, ...], int]:
@@ -88,13 +98,23 @@ def _tokenizer(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], tuple[
         return pair.tokenizer, pair.chat_template_kwargs, pair.stop_token_ids, pair.context_length
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    source = known.target if known else str(Path(args.target).expanduser()) if Path(args.target).expanduser().is_dir() else args.target
+    source = (
+        known.target
+        if known
+        else str(Path(args.target).expanduser())
+        if Path(args.target).expanduser().is_dir()
+        else args.target
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=args.revision, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(source, revision=args.revision, trust_remote_code=False).get_text_config(decoder=True)
+        config = AutoConfig.from_pretrained(source, revision=args.revision, trust_remote_code=False).get_text_config(
+            decoder=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(
-            "The target's tokenizer cannot be read.", f"{str(error).splitlines()[0][:200]}.", "Give its folder or Hub id with --target."
+            "The target's tokenizer cannot be read.",
+            f"{str(error).splitlines()[0][:200]}.",
+            "Give its folder or Hub id with --target.",
         ) from error
     try:
         eos = GenerationConfig.from_pretrained(source, revision=args.revision).eos_token_id
@@ -104,7 +124,12 @@ def _tokenizer(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], tuple[
     stops = (eos,) if isinstance(eos, int) else tuple(eos or ())
     # The tokenizer's own end comes first: it is what a reply that the server reports as stopped is closed with.
     stops = tuple(sorted(stops, key=lambda token: token != tokenizer.eos_token_id))
-    return tokenizer, known.chat_template_kwargs if known else {}, stops, getattr(config, "max_position_embeddings", 2**20)
+    return (
+        tokenizer,
+        known.chat_template_kwargs if known else {},
+        stops,
+        getattr(config, "max_position_embeddings", 2**20),
+    )
 
 
 def _open_server(args: argparse.Namespace) -> Backend:
@@ -113,7 +138,9 @@ def _open_server(args: argparse.Namespace) -> Backend:
         try:
             key = args.api_key_file.read_text("utf-8").strip()
         except OSError as error:
-            raise TrainingError("The key cannot be read.", f"{args.api_key_file}: {error.strerror}.", "Check --api-key-file.") from error
+            raise TrainingError(
+                "The key cannot be read.", f"{args.api_key_file}: {error.strerror}.", "Check --api-key-file."
+            ) from error
     tokenizer, options, stops, context = _tokenizer(args)
     server = Server(args.server, args.model, tokenizer, stops, args.concurrency, key)
     model = server.check()

@@ -1,7 +1,7 @@
 """Batched decoding of many prompts on one device; knows token ids only, no text, no files.
 
-A fixed number of rows decode together, one token each per step; a row whose reply ended takes the next prompt. The step is
-one captured CUDA graph on a GPU and plain eager code elsewhere, the same code. All of a prompt but its last token is
+A fixed number of rows decode together, one token each per step; a row whose reply ended takes the next prompt. The step
+is one captured CUDA graph on a GPU and plain eager code elsewhere, the same code. All of a prompt but its last token is
 prefilled; the last one enters as the row's current token, so that every reply token comes from the same step.
 """
 
@@ -60,8 +60,10 @@ def pick(logits: Tensor, temperature: Tensor) -> Tensor:
 class Engine:
     """Owns the rows' state on the device. The model is switched to slot attention and stays so."""
 
-    def __init__(self, model: Any, stop_token_ids: Sequence[int], rows: int, capacity: int, seed: int = 0, eager: bool = False) -> None:
-        """`capacity`: prompt plus reply tokens a row can hold. Raises `TrainingError` for unsuited targets or no memory.
+    def __init__(
+        self, model: Any, stop_token_ids: Sequence[int], rows: int, capacity: int, seed: int = 0, eager: bool = False
+    ) -> None:
+        """`capacity`: prompt plus reply tokens of a row. Raises `TrainingError` for unsuited targets and no memory.
 
         The device's default random generator is seeded: it is the one that captured graphs advance.
         """
@@ -74,7 +76,9 @@ class Engine:
         self.attention = slot_kernel.check(self.device, model.dtype, head_size(model))
         self.stop_ids = tuple(stop_token_ids)
         self._stops = torch.tensor(self.stop_ids or (-1,), device=self.device)
-        self._token, self._position, self._last = (torch.zeros(rows, dtype=torch.long, device=self.device) for _ in range(3))
+        self._token, self._position, self._last = (
+            torch.zeros(rows, dtype=torch.long, device=self.device) for _ in range(3)
+        )
         self._temperature = torch.zeros(rows, device=self.device)
         self._running = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self._history = torch.zeros((rows, self.capacity), dtype=torch.int32, device=self.device)
@@ -94,7 +98,7 @@ class Engine:
         return self._graph is not None
 
     def generate(self, jobs: Iterable[Job]) -> Iterator[Reply]:
-        """Answer every job, in the order replies end; jobs are drawn as rows come free, so that ending them early drains.
+        """Answer every job, in the order replies end; jobs are drawn as rows come free, so ending them early drains.
 
         Prompts prefilled together should be alike in length: sort them in windows.
         """
@@ -119,7 +123,7 @@ class Engine:
     def _fill(self, rows: Sequence[int], jobs: Sequence[Job]) -> None:
         """Prefill the prompts of `jobs` into `rows`, few enough at a time to bound the memory."""
         for job in jobs:
-            assert 1 <= len(job.prompt) and job.max_new_tokens >= 1
+            assert len(job.prompt) >= 1 and job.max_new_tokens >= 1
             assert len(job.prompt) + job.max_new_tokens <= self.capacity
         while jobs:
             width = min(self.capacity, -(-max(len(job.prompt) for job in jobs) // WIDTH_STEP) * WIDTH_STEP)
@@ -220,7 +224,9 @@ class Engine:
             raise
         except RuntimeError as error:
             raise TrainingError(
-                "This target's decode step cannot be captured as a graph.", f"{str(error).splitlines()[0][:200]}", "Use --eager."
+                "This target's decode step cannot be captured as a graph.",
+                f"{str(error).splitlines()[0][:200]}",
+                "Use --eager.",
             ) from error
         self._graph = graph
 

@@ -15,7 +15,7 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """`with Meter("Replies", 100) as meter: meter.show(done, new_tokens)`: one live line, or a line every ten seconds."""
+    """`with Meter("Replies", 100) as meter: meter.show(done, new_tokens)`: a live line, or one every ten seconds."""
 
     def __init__(self, title: str, total: int, out: TextIO | None = None) -> None:
         self._title, self._total, self._out = title, total, out or sys.stderr
@@ -26,7 +26,9 @@ class Meter:
     def __enter__(self) -> "Meter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._print()
         if self._live:
             self._out.write("\n")
@@ -39,7 +41,11 @@ class Meter:
 
     def line(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
-        left = f" · {duration(seconds / self._done * (self._total - self._done))} left" if 0 < self._done < self._total else ""
+        left = (
+            f" · {duration(seconds / self._done * (self._total - self._done))} left"
+            if 0 < self._done < self._total
+            else ""
+        )
         return (
             f"{self._title}: {self._done:,} of {self._total:,} · {self._tokens:,} tokens · "
             f"{self._tokens / seconds:,.0f} tokens/s · {duration(seconds)}{left}"

@@ -40,9 +40,15 @@ def _conversation(row: Any) -> tuple[Mapping[str, str], ...]:
     if not isinstance(messages, list):
         raise ValueError("there is no list 'messages'")
     for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
             raise ValueError("a message lacks a 'role' or a 'content' text")
-    users = [index for index, message in enumerate(messages) if message["role"] == "user" and message["content"].strip()]
+    users = [
+        index for index, message in enumerate(messages) if message["role"] == "user" and message["content"].strip()
+    ]
     if not users:
         raise ValueError("there is no user message")
     return tuple({"role": m["role"], "content": m["content"]} for m in messages[: users[-1] + 1])
@@ -60,14 +66,18 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
     except (ValueError, OSError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         where = f"{path}, line {number + isinstance(error, UnicodeDecodeError)}" if number else f"{path}"
         raise TrainingError(
-            "A prompt file cannot be read.", f"{where}: {error}.", 'Each line must be {"messages": [{"role": …, "content": …}]}.'
+            "A prompt file cannot be read.",
+            f"{where}: {error}.",
+            'Each line must be {"messages": [{"role": …, "content": …}]}.',
         ) from error
 
 
 def append_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     with path.open("a", encoding="utf-8") as file:
         for prompt in prompts:
-            file.write(json.dumps({"messages": list(prompt.messages), "category": prompt.category}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"messages": list(prompt.messages), "category": prompt.category}, ensure_ascii=False) + "\n"
+            )
 
 
 def mend_tail(path: Path) -> None:
@@ -103,7 +113,7 @@ class Template:
     """The target's chat template as functions from messages to ids and text."""
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
-        """`options` go to the template, such as `enable_thinking`. Raises `TrainingError` where there is no template."""
+        """`options` go to the template, such as `enable_thinking`. Raises `TrainingError` where there is none."""
         self.tokenizer, self.options = tokenizer, dict(options or {})
         if not getattr(tokenizer, "chat_template", None):
             raise TrainingError(
@@ -133,7 +143,9 @@ class Template:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts; special tokens are the template's business."""
-        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+        return (
+            [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+        )
 
     def open_user_turn(self) -> str:
         """The rendered text up to where a user's words begin, for the target to go on from."""
@@ -151,7 +163,9 @@ class Encoded:
     category: str
 
 
-def encode(prompts: Sequence[Prompt], template: Template, samples: int, too_long: Callable[[int], bool]) -> Iterator[Encoded]:
+def encode(
+    prompts: Sequence[Prompt], template: Template, samples: int, too_long: Callable[[int], bool]
+) -> Iterator[Encoded]:
     """Keys and ids of every prompt that is not `too_long(tokens)`, `samples` times each."""
     for start in range(0, len(prompts), 1000):
         part = prompts[start : start + 1000]

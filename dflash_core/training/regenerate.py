@@ -1,7 +1,7 @@
-"""`python -m dflash_core.training.regenerate`: prompts in, the target's own replies out as token shards; knows no training.
+"""`python -m dflash_core.training.regenerate`: prompts in, the target's own replies out; knows nothing of training.
 
-Replies come from the local device or from an OpenAI-compatible server. Interrupt it at any time: the same command goes on,
-skips the prompts that are answered and loses a minute's work or one shard at most.
+Replies come from the local device or an OpenAI-compatible server and end in token shards. Interrupt it at any time: the
+same command goes on, skips the prompts that are answered and has lost a minute's work or one shard at most.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def read_all(paths: Sequence[Path], unique: Unique) -> list[Prompt]:
     """The distinct prompts of some files. Raises `TrainingError` if a file is unreadable or they hold none."""
     prompts = [prompt for path in paths for prompt in read_prompts(path) if unique.take(prompt)]
     if paths and not prompts and not unique.held_out:
-        raise TrainingError("There are no prompts.", f"{', '.join(map(str, paths))} is empty.", "Give a file with prompts.")
+        raise TrainingError(
+            "There are no prompts.", f"{', '.join(map(str, paths))} is empty.", "Give a file with prompts."
+        )
     return prompts
 
 
@@ -133,7 +135,9 @@ def answer(backend: Backend, jobs: Iterable[Job], total: int, writer: ShardWrite
             for reply in backend.generate(jobs):
                 if len(reply.tokens):
                     tokens = [*reply.job.prompt, *reply.tokens.tolist()]
-                    writer.add(Sample(tokens, len(reply.job.prompt), reply.job.key, reply.job.category, reply.job.temperature))
+                    writer.add(
+                        Sample(tokens, len(reply.job.prompt), reply.job.key, reply.job.category, reply.job.temperature)
+                    )
                     tally.add(reply)
                 meter.show(tally.replies, len(reply.tokens))
     finally:
@@ -148,7 +152,17 @@ def need_space(args: argparse.Namespace, sequences: int, token_bytes: int) -> No
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("greedy_fraction", "temperature", "max_prompt", "max_reply", "samples", "synthesize", "mix", "limit", "seed")
+    names = (
+        "greedy_fraction",
+        "temperature",
+        "max_prompt",
+        "max_reply",
+        "samples",
+        "synthesize",
+        "mix",
+        "limit",
+        "seed",
+    )
     return {name: getattr(args, name) for name in names} | {"prompts": [path.name for path in args.prompts]}
 
 
@@ -166,16 +180,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     need_space(args, open_jobs, 2 if backend.vocab_size <= 2**16 else 4)
     began = time.monotonic()
     try:
-        answer(backend, until(clock, plan(prompts, template, args, writer.done, tally, backend.window)), open_jobs, writer, tally)
+        answer(
+            backend,
+            until(clock, plan(prompts, template, args, writer.done, tally, backend.window)),
+            open_jobs,
+            writer,
+            tally,
+        )
     finally:
         seconds = time.monotonic() - began
         facts = {
-            "seconds": round(seconds, 2), "tokens_per_second": round(tally.reply_tokens / max(seconds, 1e-9)), **vars(tally),
-            "duplicates": unique.duplicates, "held_out": unique.held_out, "settings": settings(args), "backend": backend.facts(),
+            "seconds": round(seconds, 2), "tokens_per_second": round(tally.reply_tokens / max(seconds, 1e-9)),
+            **vars(tally), "duplicates": unique.duplicates, "held_out": unique.held_out, "settings": settings(args),
+            "backend": backend.facts(),
         }  # fmt: skip
         writer.record_run(**facts)
     if tally.too_long and not tally.replies and tally.too_long == open_jobs // args.samples:
-        raise TrainingError("Every prompt is too long.", f"None has {args.max_prompt} tokens or fewer.", "Raise --max-prompt.")
+        raise TrainingError(
+            "Every prompt is too long.", f"None has {args.max_prompt} tokens or fewer.", "Raise --max-prompt."
+        )
     report(writer, facts)
     return facts
 

@@ -1,7 +1,7 @@
 """Replies from an OpenAI-compatible server (vLLM, SGLang); knows HTTP and token ids, no files.
 
-Prompts go as token ids to `/v1/completions`, so that the stored prompt is exactly what the server saw. Replies come as token
-ids where the server can (`return_token_ids`), else their text is tokenized again.
+Prompts go as token ids to `/v1/completions`, so that the stored prompt is exactly what the server saw. Replies come as
+token ids where the server can (`return_token_ids`), else their text is tokenized again.
 """
 
 import random
@@ -48,7 +48,9 @@ class Server:
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/").removesuffix("/v1") + "/v1"
         if not self.url.startswith(("http://", "https://")):
-            raise TrainingError("The server's address cannot be used.", f"It is '{self.url}'.", "Begin it with http:// or https://.")
+            raise TrainingError(
+                "The server's address cannot be used.", f"It is '{self.url}'.", "Begin it with http:// or https://."
+            )
         self._ask_for_ids = True
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
@@ -57,7 +59,7 @@ class Server:
         )
 
     def check(self) -> str:
-        """The model's name as the server knows it. Raises `TrainingError` if it cannot be reached or does not serve it."""
+        """The model's name on the server. Raises `TrainingError` if it cannot be reached or does not serve it."""
         answer = self._send("GET", "/models").json()
         names = [str(entry.get("id")) for entry in answer.get("data", ()) if isinstance(entry, dict)]
         if self.model is None and len(names) == 1:
@@ -89,8 +91,8 @@ class Server:
 
     def _answer(self, job: Job) -> Reply | None:
         body = {
-            "model": self.model, "prompt": list(job.prompt), "max_tokens": job.max_new_tokens, "temperature": job.temperature,
-            "top_p": 1.0, "stream": False, "seed": job.key % 2**31,
+            "model": self.model, "prompt": list(job.prompt), "max_tokens": job.max_new_tokens,
+            "temperature": job.temperature, "top_p": 1.0, "stream": False, "seed": job.key % 2**31,
         }  # fmt: skip
         response = self._send("POST", "/completions", body | ({"return_token_ids": True} if self._ask_for_ids else {}))
         if self._ask_for_ids and response.status_code in (400, 422) and "return_token_ids" in response.text:
@@ -103,7 +105,9 @@ class Server:
         self.refused += 1
         if self.refused >= REFUSALS and self.refused > self.answered:
             raise TrainingError(
-                "The server refuses the prompts.", f"HTTP {response.status_code}: {response.text[:300]}.", "Check its log and limits."
+                "The server refuses the prompts.",
+                f"HTTP {response.status_code}: {response.text[:300]}.",
+                "Check its log and limits.",
             )
         return None
 
@@ -116,14 +120,16 @@ class Server:
             tokens = [int(token) for token in ids]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise TrainingError(
-                "The server's answer cannot be read.", f"{response.text[:200]!r}.", "Use a server with an OpenAI-compatible /v1/completions."
+                "The server's answer cannot be read.",
+                f"{response.text[:200]!r}.",
+                "Use a server with an OpenAI-compatible /v1/completions.",
             ) from error
         if stopped and self.stop_token_ids and (not tokens or tokens[-1] not in self.stop_token_ids):
             tokens.append(self.stop_token_ids[0])
         return Reply(job, np.array(tokens, np.int32), stopped)
 
     def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        """One request, repeated with growing waits while the server is away or busy. Raises `TrainingError` after that."""
+        """One request, repeated with growing waits while the server is away or busy, then a `TrainingError`."""
         trouble = ""
         for attempt in range(RETRIES + 1):
             if attempt:
@@ -138,12 +144,16 @@ class Server:
                 return response
             trouble = f"HTTP {response.status_code}: {response.text[:200]}"
         raise TrainingError(
-            "The server does not answer.", f"{self.url}: {trouble.rstrip('.')}.", "Start it and run the same command again to go on."
+            "The server does not answer.",
+            f"{self.url}: {trouble.rstrip('.')}.",
+            "Start it and run the same command again to go on.",
         )
 
     def _refuse_strangers(self, response: httpx.Response) -> None:
         if response.status_code in (401, 403):
-            raise TrainingError("The server wants a key.", f"HTTP {response.status_code}.", "Give one with --api-key-file.")
+            raise TrainingError(
+                "The server wants a key.", f"HTTP {response.status_code}.", "Give one with --api-key-file."
+            )
         if response.status_code == 404:
             raise TrainingError(
                 "The server does not know what is asked.", f"{response.url}: HTTP 404.", "Check --server and --model."

@@ -25,12 +25,14 @@ def no_space(path: Path, need_bytes: int | None = None) -> TrainingError:
     free_bytes = shutil.disk_usage(path).free
     need = f"; {need_bytes / 1e6:.0f} MB are needed" if need_bytes else ""
     return TrainingError(
-        "The disk is full.", f"{free_bytes / 1e6:.0f} MB are free at {path}{need}.", "Free some space and run the same command again."
+        "The disk is full.",
+        f"{free_bytes / 1e6:.0f} MB are free at {path}{need}.",
+        "Free some space and run the same command again.",
     )
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary path)` make a file, then put it at `path` in one step. Raises `TrainingError` on a full disk."""
+    """Let `write(temporary path)` make a file, then move it to `path` in one step. Raises `TrainingError`."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
@@ -41,7 +43,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_space(path.parent) from error
-        raise TrainingError("The data cannot be written.", f"{path}: {error.strerror}.", "Choose another output folder.") from error
+        raise TrainingError(
+            "The data cannot be written.", f"{path}: {error.strerror}.", "Choose another output folder."
+        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -62,8 +66,8 @@ class Sample:
 class ShardWriter:
     """Appends sequences to a folder. A kill loses at most what was added since the last save.
 
-    A shard is saved when it is full and every `save_seconds` on the way; each save replaces the file in one step. Opening
-    a folder again keeps its shards and starts a new one; `done` names the prompts they answer.
+    A shard is saved when it is full and every `save_seconds` on the way; each save replaces the file in one step.
+    Opening a folder again keeps its shards and starts a new one; `done` names the prompts they answer.
 
     folder          created if need be
     vocab_size      tokens are uint16 when it fits, int32 otherwise
@@ -127,7 +131,9 @@ class ShardWriter:
             arrays = self._arrays()
             if shutil.disk_usage(self.folder).free < self._bytes + 2**20:
                 raise no_space(self.folder, self._bytes)
-            replace_file(self.folder / f"shard-{self._index:05d}.safetensors", lambda path: path.write_bytes(save(arrays)))
+            replace_file(
+                self.folder / f"shard-{self._index:05d}.safetensors", lambda path: path.write_bytes(save(arrays))
+            )
             self._unsaved = len(self._rows)
         self._save_manifest()
 
@@ -185,7 +191,8 @@ class ShardWriter:
     def _count(counts: dict[str, int], length: NDArray[Any], prompt: NDArray[Any]) -> None:
         tokens, prompt_tokens = int(length.sum(dtype=np.int64)), int(prompt.sum(dtype=np.int64))
         for name, value in (
-            ("sequences", len(length)), ("tokens", tokens), ("prompt_tokens", prompt_tokens), ("reply_tokens", tokens - prompt_tokens),
+            ("sequences", len(length)), ("tokens", tokens), ("prompt_tokens", prompt_tokens),
+            ("reply_tokens", tokens - prompt_tokens),
         ):  # fmt: skip
             counts[name] += value
 

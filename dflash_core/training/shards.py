@@ -1,8 +1,8 @@
 """Token sequences on disk: safetensors shards read by memory map; knows no model, no text and no writing.
 
-A folder holds `manifest.json` and `shard-NNNNN.safetensors`, each with flat `tokens` (uint16 or int32) and, one value per
-sequence, `length`, `prompt_length` (int32), `key` (int64, names the prompt), `category` (int32, index into the manifest's
-`categories`) and `temperature` (float32). One `.npz` or `.safetensors` file with the first three is read as well.
+A folder holds `manifest.json` and `shard-NNNNN.safetensors`, each with flat `tokens` (uint16 or int32) and, one value
+per sequence, `length`, `prompt_length` (int32), `key` (int64, names the prompt), `category` (int32, index into the
+manifest's `categories`) and `temperature` (float32). One `.npz` or `.safetensors` file of the first three works, too.
 """
 
 import json
@@ -36,7 +36,9 @@ def _map_safetensors(path: Path) -> dict[str, NDArray[Any]]:
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         empty = begin == end
         arrays[name] = (
-            np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", offset=8 + header_bytes + begin, shape=shape)
+            np.zeros(shape, dtype)
+            if empty
+            else np.memmap(path, dtype, "r", offset=8 + header_bytes + begin, shape=shape)
         )
     return arrays
 
@@ -50,11 +52,15 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         else:
             arrays = _map_safetensors(path)
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise TrainingError("A data file cannot be read.", f"{path}: {error}.", "Generate it again or remove it.") from error
+        raise TrainingError(
+            "A data file cannot be read.", f"{path}: {error}.", "Generate it again or remove it."
+        ) from error
     missing = {"tokens", "length", "prompt_length"} - set(arrays)
     if missing:
         raise TrainingError(
-            "A data file is not a token shard.", f"{path} has no '{min(missing)}'.", "Give what the regenerate command wrote."
+            "A data file is not a token shard.",
+            f"{path} has no '{min(missing)}'.",
+            "Give what the regenerate command wrote.",
         )
     return arrays
 
@@ -78,7 +84,9 @@ class _Shard:
         whole = len(length) == len(prompt) and starts[-1] == len(tokens)
         if not whole or (len(length) and (prompt.min() < 1 or (length < prompt).any())):
             raise TrainingError(
-                "A data file contradicts itself.", f"{path}: its lengths do not add up.", "Generate it again or remove it."
+                "A data file contradicts itself.",
+                f"{path}: its lengths do not add up.",
+                "Generate it again or remove it.",
             )
         return cls(tokens, length, prompt, starts, arrays, categories)
 
@@ -97,7 +105,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise TrainingError(
-            "A data folder's manifest cannot be read.", f"{folder / MANIFEST}: {error}.", "Restore it or generate the data again."
+            "A data folder's manifest cannot be read.",
+            f"{folder / MANIFEST}: {error}.",
+            "Restore it or generate the data again.",
         ) from error
 
 
@@ -125,7 +135,9 @@ class TokenShards(Sequence[tuple[NDArray[Any], int]]):
             manifests.append(manifest)
         if not sum(len(shard.length) for shard in shards):
             raise TrainingError(
-                "There is no training data.", f"{', '.join(map(str, paths))} holds no sequence.", "Run the regenerate command first."
+                "There is no training data.",
+                f"{', '.join(map(str, paths))} holds no sequence.",
+                "Run the regenerate command first.",
             )
         return cls(shards, manifests)
 
@@ -166,4 +178,6 @@ class TokenShards(Sequence[tuple[NDArray[Any], int]]):
 
 def shard_files(folder: Path) -> list[Path]:
     """The folder's finished shards in order."""
-    return sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".npz") and not path.name.startswith("."))
+    return sorted(
+        path for path in folder.glob("*") if path.suffix in (".safetensors", ".npz") and not path.name.startswith(".")
+    )

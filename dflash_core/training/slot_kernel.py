@@ -62,7 +62,7 @@ if triton is not None:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scaling: float, window: int | None) -> Tensor:
-    """query [B, heads, 1, D] over key and value [B, kv_heads, S, D]; row b sees keys 0..position[b]. Returns as query."""
+    """query [B, heads, 1, D] over key and value [B, kv_heads, S, D], row b seeing keys 0..position[b]; as query."""
     rows, heads, _, dim = query.shape
     group = heads // key.shape[1]
     out = torch.empty((rows, heads, 1, dim), dtype=query.dtype, device=query.device)
@@ -70,7 +70,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scaling:
         query, key, value, out, position, scaling * math.log2(math.e), window or NO_WINDOW,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2),
         value.stride(0), value.stride(1), value.stride(2), out.stride(0), out.stride(1),
-        GROUP=group, TILE=max(MIN_GROUP, 1 << (group - 1).bit_length()), DIM=dim, BLOCK=BLOCK, num_warps=4, num_stages=2,
+        GROUP=group, TILE=max(MIN_GROUP, 1 << (group - 1).bit_length()), DIM=dim, BLOCK=BLOCK,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -102,7 +103,9 @@ def agrees(device: torch.device | str, dtype: torch.dtype, tolerance: float = 2e
     position = torch.tensor([0, 1, 63, 64, 100, 191], device=device)
     for window in (None, 50):
         expected = plain_decode(query, key, value, 0.125, position, window)
-        if not torch.allclose(attend(query, key, value, position, 0.125, window), expected, atol=tolerance, rtol=tolerance):
+        if not torch.allclose(
+            attend(query, key, value, position, 0.125, window), expected, atol=tolerance, rtol=tolerance
+        ):
             return False
     return True
 

@@ -1,7 +1,7 @@
 """Key/value slots for batched decoding and the attention over them; knows no sampling, no prompts and no files.
 
-Every row of the batch owns one slot of `capacity` positions and stands at its own position: a prompt fills the slot from
-position 0, each decoded token writes the next one. What a former owner left behind a row's position is never seen.
+Every row of the batch owns one slot of `capacity` positions and stands at its own position: a prompt fills the slot
+from position 0, each decoded token writes the next one. What a former owner left beyond that is never seen.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ ATTENTION = "slots"  # a name with "flash" in it would be taken for a downloadab
 
 
 class Slots:
-    """The decode-time cache a transformers model takes as `past_key_values`, per layer [rows, kv_heads, capacity, D]."""
+    """The decode-time cache that a model takes as `past_key_values`, per layer [rows, kv_heads, capacity, D]."""
 
     is_compileable = False
 
@@ -47,7 +47,7 @@ class Slots:
 
 
 class Fill:
-    """The prefill-time cache: prompts of some rows, right-padded, attend among themselves and are copied into the slots."""
+    """The prefill-time cache: right-padded prompts of some rows see only themselves and are copied into slots."""
 
     is_compileable = False
 
@@ -111,7 +111,9 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, scaling: float, position:
     return plain_decode(query, key, value, scaling, position, window)
 
 
-def plain_decode(query: Tensor, key: Tensor, value: Tensor, scaling: float, position: Tensor, window: int | None) -> Tensor:
+def plain_decode(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, position: Tensor, window: int | None
+) -> Tensor:
     """Decode attention by masked SDPA over the full capacity; the kernel's fallback and oracle."""
     step = torch.arange(key.shape[2], device=key.device)
     seen = step[None] <= position[:, None]

@@ -1,4 +1,4 @@
-"""Lets the target write prompts: its chat template opened at the user turn, begun by an opener; knows no files but the pool."""
+"""Lets the target write prompts, its chat template opened at the user turn; knows no files but the pool."""
 
 import random
 import re
