@@ -82,8 +82,9 @@ def run_events(tokens: Sequence[int], accepted: Sequence[int], k: int, seed: int
 
 
 def _other(chance: random.Random, tokens: Sequence[int], right: int) -> int:
-    wrong = [token for token in set(tokens) if token != right]
-    return chance.choice(sorted(wrong)) if wrong else right
+    """A wrong guess, when there is one to make."""
+    guesses = (chance.choice(tokens) for _ in range(50))
+    return next((token for token in guesses if token != right), right)
 
 
 def header(**changes: Any) -> dict[str, Any]:

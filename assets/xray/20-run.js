@@ -104,7 +104,7 @@ class Run {
     let low = -1;
     let high = this.steps.length - 1;
     while (low < high) {
-      const middle = Math.ceil((low + high) / 2);
+      const middle = low + Math.ceil((high - low) / 2);
       if (this.endOf(middle) <= time + 1e-9) low = middle;
       else high = middle - 1;
     }

@@ -9,6 +9,9 @@ class Stream {
     });
     this.text = h('div', { class: 'dfx-text' });
     this.panel.append(this.text);
+    this.sticking = true;
+    this.lastTop = 0;
+    this.panel.addEventListener('scroll', () => this.scrolled(), { passive: true });
     this.panel.addEventListener('click', event => this.hit(event, onPick));
     this.panel.addEventListener('pointerover', event => event.pointerType !== 'touch' && this.hit(event, onPreview, null));
     this.panel.addEventListener('pointerleave', () => onPreview(null));
@@ -134,11 +137,16 @@ class Stream {
     }
   }
 
-  get atBottom() {
-    return this.panel.scrollHeight - this.panel.scrollTop - this.panel.clientHeight < 40;
+  // Only moving up lets go of the bottom: text that grows below the view must not.
+  scrolled() {
+    const { scrollTop, scrollHeight, clientHeight } = this.panel;
+    if (scrollHeight - scrollTop - clientHeight < 40) this.sticking = true;
+    else if (scrollTop < this.lastTop - 1) this.sticking = false;
+    this.lastTop = scrollTop;
   }
 
   toBottom() {
+    this.sticking = true;
     this.panel.scrollTop = this.panel.scrollHeight;
   }
 }

@@ -158,6 +158,7 @@ class XRay {
 
   restart() {
     this.stream.clear();
+    this.stream.sticking = true;
     this.player.live();
     this.preview = null;
     this.shownEnd = false;
@@ -177,7 +178,7 @@ class XRay {
 
   frame(now) {
     this.scheduled = false;
-    const follow = this.player.mode === 'live' && this.stream.atBottom;
+    const follow = this.player.mode === 'live' && this.stream.sticking;
     const grew = this.take(performance.now() + FRAME_BUDGET_MS);
     const playing = this.player.tick(now);
     this.render(now, grew && this.run.pending);
