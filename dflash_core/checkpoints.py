@@ -153,7 +153,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed_files(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise LoadError("The checkpoint's index is unusable.", f"{INDEX} has no 'weight_map'.", "Download the checkpoint again.")
+        raise LoadError("The checkpoint's index is unusable.", f"Its {INDEX} has no 'weight_map'.", "Download the checkpoint again.")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -195,5 +195,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """What another library said, as one sentence."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return line if line.endswith(".") else f"{line}."
+    if isinstance(error, KeyError):
+        return f"The entry {error} is missing."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{text[:300].rstrip('.,:;! ')}."

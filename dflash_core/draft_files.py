@@ -91,6 +91,13 @@ def load_draft(files: list[Path], config: DraftConfig, device: torch.device, dty
     for path in files:
         with weight_errors(path):
             tensors |= {name: value.to(device, dtype) for name, value in load_file(path).items()}
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise LoadError(
+            "The draft's weights hold values that are not numbers.",
+            f"'{broken[0]}' has NaN or infinity as {str(dtype).removeprefix('torch.')}.",
+            "Use a checkpoint that was saved before its training diverged, or a wider dtype.",
+        )
     draft = empty_draft(config)
     draft.load_state_dict(tensors, strict=True, assign=True)
     return draft.eval().requires_grad_(False)

@@ -142,6 +142,21 @@ def tiny_qwen3_5(seed: int = 0, **overrides: Any) -> Any:
     return _build(Qwen3_5ForCausalLM, Qwen3_5TextConfig(**settings), seed)
 
 
+def tiny_recurrent(model_type: str, seed: int = 0) -> Any:
+    """A four-layer model of any causal family with recurrent layers."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    own: dict[str, Any] = {}
+    if model_type.startswith("qwen3"):
+        own = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+        own |= dict(layer_types=["linear_attention", "full_attention"] * 2, num_experts=4, num_experts_per_tok=2)
+        own |= dict(moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    if model_type == "falcon_h1":
+        own = dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_chunk_size=16)
+    config = AutoConfig.for_model(model_type, **_settings(own))
+    return _build(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed)
+
+
 TARGETS: dict[str, Callable[..., Any]] = {
     "llama": tiny_llama,
     "qwen3": tiny_qwen3,
