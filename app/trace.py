@@ -123,7 +123,7 @@ def file_name(header: Mapping[str, Any], suffix: str = ".ndjson") -> str:
 
 
 def _event_row(event: Event, detokeniser: Detokeniser) -> dict[str, Any]:
-    fields = {key: _rounded(value) for key, value in asdict(event).items()}
+    fields = {key: _rounded(key, value) for key, value in asdict(event).items()}
     if isinstance(event, Prefill):
         return {"t": "prefill", **fields, "piece": detokeniser.feed([event.first_token])[0]}
     if isinstance(event, Finish):
@@ -141,8 +141,8 @@ def _cancel_row(detokeniser: Detokeniser, why: str) -> dict[str, Any]:
     return {"t": "cancel", "why": why, "tail": detokeniser.flush()}
 
 
-def _rounded(value: Any) -> Any:
-    """Probabilities and seconds to six decimals: a microsecond is finer than any of our clocks."""
-    if isinstance(value, float):
-        return round(value, 6)
-    return [_rounded(v) for v in value] if isinstance(value, tuple) else value
+def _rounded(key: str, value: Any) -> Any:
+    """Seconds to the microsecond, finer than our clocks; probabilities to 0.0001, finer than any bar shows."""
+    if key.endswith("confidence"):
+        return [round(probability, 4) for probability in value]
+    return round(value, 6) if isinstance(value, float) else value

@@ -188,14 +188,19 @@ class XRay {
     else this.finishUp();
   }
 
+  // Reads and draws new lines until the deadline (performance.now milliseconds); true when there were any.
   take(deadline) {
-    const rows = this.run.read(deadline);
-    for (const row of rows) {
-      if (row.t === 'prefill') this.stream.addFirst(row);
-      else if (row.t === 'step') this.stream.addStep(row);
-      else if (row.t === 'finish' || row.t === 'cancel') this.stream.addTail(row.tail);
+    const before = this.run.offset;
+    while (this.run.pending && performance.now() < deadline) {
+      for (const row of this.run.read(16)) this.add(row);
     }
-    return rows.length > 0;
+    return this.run.offset > before;
+  }
+
+  add(row) {
+    if (row.t === 'prefill') this.stream.addFirst(row);
+    else if (row.t === 'step') this.stream.addStep(row);
+    else if (row.t === 'finish' || row.t === 'cancel') this.stream.addTail(row.tail);
   }
 
   drain() {
