@@ -1,7 +1,7 @@
 """The one loop, for drafting and for the baseline: prompt ids in, events out; knows no model class, no file, no screen."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,17 +26,18 @@ def decode(
     *,
     drafting: bool = True,
     drafter: Drafter | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, Sequence[int] | None, None]:
     """Decode one reply: yields one `Prefill`, one `Step` per verify pass, one `Finish`.
 
     `drafting=False` is the baseline, the same loop with nothing drafted. `drafter` replaces the pair's own draft model.
+    A reply sent into the generator after an event takes the place of the one decoded so far.
     Raises `PromptError` before the first event and `DecodeError` when a run breaks; close the generator to stop early.
     """
-    run = _Run(pair, prompt_ids, params, drafter or _default_drafter(pair, params, drafting))
+    run = _Run(pair, prompt_ids, params, drafter or default_drafter(pair, params, drafting))
     try:
-        yield run.prefill()
+        run.amend((yield run.prefill()))
         while run.reason is None:
-            yield run.step()
+            run.amend((yield run.step()))
         yield run.finish()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(run) from error
@@ -44,7 +45,7 @@ def decode(
         run.session.close()
 
 
-def _default_drafter(pair: "Pair", params: SamplingParams, drafting: bool) -> Drafter:
+def default_drafter(pair: "Pair", params: SamplingParams, drafting: bool) -> Drafter:
     if not drafting:
         return NoDraft()
     if pair.draft is None:
@@ -66,7 +67,7 @@ class _Run:
 
     def __init__(self, pair: "Pair", prompt_ids: Sequence[int], params: SamplingParams, drafter: Drafter) -> None:
         self.prompt = _checked_prompt(pair, prompt_ids)
-        self.params, self.drafter = params, drafter
+        self.params, self.drafter, self.target = params, drafter, pair.target
         self.sampler = Sampler(params, pair.target.device)
         self.ending = _Ending(pair, params, len(self.prompt))
         self.session: TargetSession = pair.target.session(drafter.taps)
@@ -123,6 +124,22 @@ class _Run:
             draft_seconds=middle - start,
             verify_seconds=end - middle,
         )
+
+    def amend(self, reply: Sequence[int] | None) -> None:
+        """Go on from another reply, None to change nothing. What the caches hold of the old text is run again."""
+        if reply is None or list(reply) == self.reply:
+            return
+        old, self.reply = self.reply, []
+        self._commit(_checked_reply(reply, self.target.vocab_size))
+        run_so_far = len(self.prompt) + len(self.reply) - 1
+        # The last token has not been run yet, so a change of it alone touches no cache.
+        if self.reason is None and (old[:-1] != self.reply[:-1] or self.session.length != run_so_far):
+            start = self._now()
+            self.session.close()
+            self.session = self.target.session(self.drafter.taps)
+            self.drafter.reset()
+            _, self.features = self.session.prefill(torch.tensor([self.prompt + self.reply[:-1]], device=self.device))
+            self.seconds += self._now() - start
 
     def finish(self) -> Finish:
         assert self.reason is not None
@@ -202,6 +219,17 @@ def _checked_prompt(pair: "Pair", prompt_ids: Sequence[int]) -> list[int]:
             "Tokenize with the pair's own tokenizer.",
         )
     return ids
+
+
+def _checked_reply(reply: Sequence[int], vocab_size: int) -> list[int]:
+    bad = [i for i in reply if not 0 <= i < vocab_size]
+    if bad or not reply:
+        raise PromptError(
+            "The reply cannot go on from this text.",
+            f"It has id {bad[0]}, the vocabulary ends at {vocab_size - 1}." if bad else "It has no tokens.",
+            "Send at least one token that the target knows.",
+        )
+    return list(reply)
 
 
 def _check_numbers(values: list[float], where: str) -> None:

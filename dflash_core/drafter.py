@@ -24,6 +24,9 @@ class Drafter(Protocol):
     def propose(self, anchor: int, k: int) -> Tensor:
         """Logits [k, V] of the k tokens after the anchor, which follows all committed features."""
 
+    def reset(self) -> None:
+        """Forget all committed features: the reply was replaced by another."""
+
 
 class NoDraft:
     """The baseline: proposes nothing and taps nothing, so plain decoding pays for neither."""
@@ -37,16 +40,22 @@ class NoDraft:
     def propose(self, anchor: int, k: int) -> Tensor:
         raise AssertionError("the baseline drafts nothing")
 
+    def reset(self) -> None:
+        pass
+
 
 class DFlashDrafter:
     """Fills [anchor, MASK x k] in one forward of the draft model, between the target's embedding and its head."""
 
-    def __init__(self, target: "Target", draft: "DFlashDraftModel", block_size: int | None = None) -> None:
+    def __init__(
+        self, target: "Target", draft: "DFlashDraftModel", block_size: int | None = None, mask_token_id: int | None = None
+    ) -> None:
         config = draft.config
+        mask = config.mask_token_id if mask_token_id is None else mask_token_id
         self.taps = config.target_layer_ids
         self.max_drafted = (block_size or config.block_size) - 1
         self._target, self._draft, self._cache = target, draft, draft.new_cache()
-        self._masks = torch.full((1, config.block_size), config.mask_token_id, device=draft.fc.weight.device)
+        self._masks = torch.full((1, config.block_size), mask, device=draft.fc.weight.device)
 
     def commit(self, features: Tensor) -> None:
         self._draft.extend(self._cache, features.to(self._masks.device))
@@ -56,3 +65,6 @@ class DFlashDrafter:
         ids[0, 0] = anchor
         block = self._target.embed(ids).to(self._draft.fc.weight)
         return self._target.head(self._draft.fill(self._cache, block)[0, 1:])
+
+    def reset(self) -> None:
+        self._cache = self._draft.new_cache()
