@@ -1,0 +1,158 @@
+"""One reply on the screen: opens a run, turns its frames into updates, keeps what was there when it fails; builds nothing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from app.chat_state import footers
+from app.conversations import Conversation, answered, bubbles, cut, last_question, new_id, prompt_messages
+from app.desk import Desk
+from app.replies import Frame, frames
+from app.settings import Settings
+from app.summary import summary
+from app.turn import Run
+from app.widgets import packed, warn
+from dflash_core import DFlashError
+
+LOAD_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """The widgets a reply changes. `locked` must not be used while it is written."""
+
+    composer: gr.Textbox
+    chatbot: gr.Chatbot
+    conversation: gr.JSON
+    keep: gr.HTML
+    footers: gr.HTML
+    note: gr.HTML
+    xray: gr.HTML
+    selected: gr.Textbox
+    locked: tuple[Any, ...]
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [
+            self.composer, self.chatbot, self.conversation, self.keep, self.footers, self.note, self.xray, self.selected,
+            *self.locked,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A question waiting for its reply. `before` is the chat to return to, `text` what to give back, when none comes."""
+
+    conversation: Conversation
+    before: Conversation
+    text: str
+    settings: Settings
+    paced: bool
+    session: str
+    visitor: str
+
+
+def answer(desk: Desk, screen: Screen, request: Request) -> Iterator[dict[Any, Any]]:
+    """Updates of the screen until the reply is whole, stopped or refused."""
+    yield _opening(screen, request)
+    run = None
+    try:
+        yield from _until_loaded(desk, screen, request)
+        run = desk.open(
+            request.session, request.visitor, prompt_messages(request.conversation), request.settings,
+            paced=request.paced, title=request.conversation["title"],
+        )  # fmt: skip
+        for frame in frames(run):
+            yield _framed(screen, request, frame)
+    except DFlashError as error:
+        warn(error)
+    finally:
+        desk.close(request.session)
+    yield _closing(desk, screen, request, run)
+
+
+def _opening(screen: Screen, request: Request) -> dict[Any, Any]:
+    return {
+        screen.composer: gr.Textbox(value="", submit_btn=False, stop_btn=True),
+        screen.chatbot: bubbles(request.conversation, writing=""),
+        screen.conversation: request.conversation,
+        screen.keep: packed(request.conversation),
+        screen.footers: packed(footers(request.conversation, writing=True)),
+        screen.note: packed({"text": ""}),
+        screen.xray: "",
+        screen.selected: "",
+        **_lock(screen, False),
+    }
+
+
+def _until_loaded(desk: Desk, screen: Screen, request: Request) -> Iterator[dict[Any, Any]]:
+    """A question asked while the model loads is kept and answered when it is ready, unless it is stopped."""
+    if not desk.engine.wait(0):
+        desk.hold(request.session)
+        yield {screen.note: packed({"text": "The model is still loading: your message is sent as soon as it is ready."})}
+        while not desk.engine.wait(LOAD_POLL_SECONDS):
+            if not desk.is_held(request.session):
+                raise DFlashError("Stopped before the model was ready.", "", "Your message is back in the box.")
+            yield {screen.note: gr.skip()}
+        desk.release(request.session)
+        yield {screen.note: packed({"text": ""})}
+
+
+def _framed(screen: Screen, request: Request, frame: Frame) -> dict[Any, Any]:
+    updates: dict[Any, Any] = {}
+    if frame.trace is not None:
+        updates[screen.xray] = frame.trace
+    if frame.text is not None:
+        updates[screen.chatbot] = bubbles(request.conversation, writing=frame.text)
+    if frame.note is not None:
+        updates[screen.note] = packed({"text": frame.note})
+    return updates
+
+
+def _closing(desk: Desk, screen: Screen, request: Request, run: Run | None) -> dict[Any, Any]:
+    if run is not None and run.error is not None:
+        warn(run.error)
+    nothing = run is None or not run.stats.new_tokens
+    conversation, selected = (request.before, "") if nothing else _with_reply(desk, request.conversation, run)
+    return {
+        screen.composer: gr.Textbox(submit_btn=True, stop_btn=False, **({"value": request.text} if nothing else {})),
+        screen.chatbot: bubbles(conversation),
+        screen.conversation: conversation,
+        screen.footers: packed(footers(conversation, selected)),
+        screen.note: packed({"text": ""}),
+        screen.selected: selected,
+        **({screen.xray: ""} if nothing else {}),
+        **_lock(screen, True),
+    }
+
+
+def _with_reply(desk: Desk, conversation: Conversation, run: Run) -> tuple[Conversation, str]:
+    reply_id = new_id()
+    numbers = summary(
+        run.stats, pair=run.pair_name, drafting=run.drafting, ended=run.ended,
+        baseline_seconds=desk.engine.status.baseline_seconds,
+    )  # fmt: skip
+    return answered(conversation, reply_id, run.text, numbers), reply_id
+
+
+def _lock(screen: Screen, free: bool) -> dict[Any, Any]:
+    return {widget: type(widget)(interactive=free) for widget in screen.locked}
+
+
+def request_of(
+    conversation: Conversation, before: Conversation, settings: Settings, paced: bool, client: gr.Request
+) -> Request:
+    """A request for the chat's last question."""
+    question = last_question(conversation)
+    assert question is not None and question == len(conversation["messages"]) - 1
+    text = conversation["messages"][question]["content"]
+    # A retry that fails leaves the old reply in place, and the composer empty.
+    restored = "" if before["messages"][: question + 1] == cut(conversation, question + 1)["messages"] else text
+    return Request(conversation, before, restored, settings, paced, client.session_hash, visitor_of(client))
+
+
+def visitor_of(client: gr.Request) -> str:
+    """Who is counted for the limits: the address, which a new tab does not change."""
+    return client.client.host if client.client else client.session_hash

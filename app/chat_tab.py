@@ -1,0 +1,189 @@
+"""The chat and, beside it, the X-ray of the same run: lays them out and wires what a reader can do; decodes nothing."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from app.answering import Screen, answer, request_of
+from app.chat_list import ChatList, Shelf
+from app.chat_state import edited, footers, to_retry, undone
+from app.conversations import Conversation, asked, bubbles, new, unguard
+from app.desk import Desk
+from app.render import xray_kwargs
+from app.settings_panel import SettingsPanel
+from app.widgets import QUIET, channel, packed, warn
+from dflash_core import DFlashError
+
+LATEX = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+EXAMPLES = (
+    "Explain photosynthesis in three sentences.",
+    "Write a Python function that reverses a list.",
+    "List five facts about the Moon.",
+    "Write a short poem about the sea.",
+)
+WELCOME = "### Ask something\nThe reply appears here; how it was drafted, checked and kept appears in the X-ray."
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTab:
+    screen: Screen
+    paced: gr.State
+
+    @property
+    def xray(self) -> gr.HTML:
+        return self.screen.xray
+
+
+def build(chats: ChatList) -> ChatTab:
+    """Inside its tab; the sidebar is built before."""
+    with gr.Row(elem_classes="dfc-panes", equal_height=True):
+        with gr.Column(scale=5, min_width=320, elem_classes="dfc-pane"):
+            chatbot = gr.Chatbot(
+                [], show_label=False, elem_classes="dfc-chat", elem_id="dfc-chat", buttons=["copy"], editable="user",
+                sanitize_html=True, allow_tags=False, latex_delimiters=LATEX, feedback_options=None, layout="bubble",
+                placeholder=WELCOME, examples=[{"text": text} for text in EXAMPLES], height="100%", min_height=0,
+            )  # fmt: skip
+            note = channel("setNote", {"text": ""}, elem_classes="dfc-note-host")
+            composer = gr.Textbox(
+                show_label=False, label="Message", placeholder="Write a message… (Enter sends, Shift+Enter starts a line)",
+                lines=1, max_lines=8, submit_btn=True, container=False, autofocus=True, elem_classes="dfc-composer",
+                elem_id="dfc-composer",
+            )  # fmt: skip
+        with gr.Column(scale=6, min_width=320, elem_classes="dfc-pane dfc-xray-pane", elem_id="dfc-xray-pane"):
+            xray = gr.HTML(**xray_kwargs(step_mode=True, elem_id="dfc-xray"))
+    hidden = gr.JSON(new(), visible=False), gr.Textbox(visible=False)
+    keep = channel("keep", None)
+    foot = channel("setFooters", {"items": [], "selected": ""})
+    screen = Screen(composer, chatbot, hidden[0], keep, foot, note, xray, hidden[1], chats.locked)
+    return ChatTab(screen, gr.State(False))
+
+
+class Wiring:
+    """Connects the chat tab's events to the desk."""
+
+    def __init__(self, desk: Desk, tab: ChatTab, settings: SettingsPanel, shelf: Shelf) -> None:
+        self.desk, self.tab, self.screen, self.settings, self.shelf = desk, tab, tab.screen, settings, shelf
+        self.inputs = {
+            self.screen.composer, self.screen.conversation, tab.paced, settings.system, *settings.inputs.values()
+        }  # fmt: skip
+
+    def connect(self) -> None:
+        """Wire everything; call once, inside the page."""
+        screen = self.screen
+        self._replies(screen.composer.submit, self.send)
+        self._replies(screen.chatbot.example_select, self.example)
+        self._replies(screen.chatbot.retry, self.retry)
+        self._replies(screen.chatbot.edit, self.edit)
+        undo = screen.chatbot.undo(
+            self.undo, screen.conversation, [screen.conversation, screen.chatbot, screen.footers, screen.selected, screen.composer],
+            **QUIET,
+        )  # fmt: skip
+        self.shelf.show_trace(self.shelf.shelve(undo))
+        picked = screen.chatbot.select(self.select, screen.conversation, [screen.selected, screen.footers], **QUIET)
+        self.shelf.show_trace(picked)
+        screen.composer.stop(self.stop, None, None, queue=False, **QUIET)
+        screen.xray.step_mode(self.pace, None, self.tab.paced, queue=False, **QUIET)
+        screen.xray.next_step(self.next_step, None, None, queue=False, **QUIET)
+
+    def _replies(self, trigger: Any, act: Any) -> None:
+        event = trigger(act, self.inputs, self.screen.outputs, concurrency_limit=None, concurrency_id="replies", **QUIET)
+        self.shelf.shelve(event, reply=True)
+
+    def send(self, data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
+        text = data[self.screen.composer] or ""
+        if not text.strip():
+            yield self._nothing()
+            return
+        before = self._before(data)
+        yield from self._answer(asked(before, text), before, data, client)
+
+    def example(self, data: Mapping[Any, Any], client: gr.Request, chosen: gr.SelectData) -> Iterator[dict[Any, Any]]:
+        before = self._before(data)
+        yield from self._answer(asked(before, str(chosen.value["text"])), before, data, client)
+
+    def retry(self, data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
+        before = self._before(data)
+        conversation = to_retry(before)
+        if conversation is None:
+            yield self._nothing()
+            return
+        yield from self._answer(conversation, before, data, client)
+
+    def edit(self, data: Mapping[Any, Any], client: gr.Request, change: gr.EditData) -> Iterator[dict[Any, Any]]:
+        before = self._before(data)
+        text = unguard(_text(change.value))
+        if not text.strip():
+            yield self._nothing() | {self.screen.chatbot: bubbles(before)}
+            return
+        yield from self._answer(edited(before, _index(change.index), text), before, data, client)
+
+    def undo(self, conversation: Conversation) -> tuple:
+        shorter, text = undone(conversation)
+        remaining = footers(shorter)
+        selected = remaining["items"][-1]["id"] if remaining["items"] else ""
+        return shorter, bubbles(shorter), packed(remaining | {"selected": selected}), selected, text
+
+    def select(self, conversation: Conversation, client: gr.Request, chosen: gr.SelectData) -> tuple:
+        """The reply that was clicked, or the reply to the question that was clicked."""
+        messages, index = conversation["messages"], _index(chosen.index)
+        reply = next((m for m in messages[index : index + 2] if m["role"] == "assistant"), None)
+        if reply is None or self.desk.is_busy(client.session_hash):
+            return gr.skip(), gr.skip()
+        return reply["id"], packed(footers(conversation, reply["id"]))
+
+    def stop(self, client: gr.Request) -> None:
+        self.desk.stop(client.session_hash)
+
+    def pace(self, client: gr.Request, event: gr.EventData) -> bool:
+        paced = bool(event._data.get("on"))
+        run = self.desk.run(client.session_hash)
+        if run is not None:
+            run.pace(paced)
+        return paced
+
+    def next_step(self, client: gr.Request) -> None:
+        run = self.desk.run(client.session_hash)
+        if run is not None:
+            run.next_step()
+
+    def _answer(
+        self, conversation: Conversation, before: Conversation, data: Mapping[Any, Any], client: gr.Request
+    ) -> Iterator[dict[Any, Any]]:
+        try:
+            settings = self.settings.read(data).capped(self.desk.limits.max_new_tokens)
+        except DFlashError as error:
+            warn(error)
+            yield self._nothing() | {self.screen.chatbot: bubbles(before)}
+            return
+        if self.desk.is_busy(client.session_hash):
+            warn(DFlashError("A reply is being written.", "", "Wait for it or stop it first."))
+            yield self._nothing()
+            return
+        status = self.desk.engine.status
+        if status.phase == "ready" and status.block_size is None:
+            settings = replace(settings, drafting=False, block_size=None)
+        request = request_of(conversation, before, settings, bool(data[self.tab.paced]), client)
+        yield from answer(self.desk, self.screen, request)
+
+    def _before(self, data: Mapping[Any, Any]) -> Conversation:
+        return (data[self.screen.conversation] or new()) | {"system": data[self.settings.system] or ""}
+
+    def _nothing(self) -> dict[Any, Any]:
+        return {self.screen.note: gr.skip()}
+
+
+def _index(index: Any) -> int:
+    return int(index[0] if isinstance(index, (list, tuple)) else index)
+
+
+def _text(value: Any) -> str:
+    """Gradio hands an edited message over as text or as a list of text parts."""
+    if isinstance(value, list):
+        return "".join(_text(part) for part in value)
+    return str(value.get("text", "")) if isinstance(value, Mapping) else str(value)

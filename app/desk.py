@@ -1,0 +1,89 @@
+"""Who runs what: one run per browser tab, each seen by its own tab only; knows no widget."""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+from app.engine import Engine
+from app.limits import OPEN, Limits, RunRate
+from app.settings import Settings
+from app.turn import Run
+from app.turnstile import Turnstile
+from dflash_core import DFlashError
+
+
+class BusyError(DFlashError):
+    """This tab already has a run."""
+
+
+class Desk:
+    """Opens runs on the engine's pair, within the limits, one after the other, and finds a tab's run again."""
+
+    def __init__(self, engine: Engine, limits: Limits = OPEN) -> None:
+        self.engine, self.limits = engine, limits
+        self._turnstile, self._rate = Turnstile(), RunRate(limits.runs_per_minute)
+        self._runs: dict[str, Run] = {}
+        self._held: set[str] = set()
+        self._lock = threading.Lock()
+
+    def hold(self, session: str) -> None:
+        """The session waits for the model; `release` or `stop` ends it."""
+        with self._lock:
+            self._held.add(session)
+
+    def is_held(self, session: str) -> bool:
+        with self._lock:
+            return session in self._held
+
+    def release(self, session: str) -> None:
+        with self._lock:
+            self._held.discard(session)
+
+    def stop(self, session: str) -> None:
+        """End what the session waits for or runs; what was decoded stays readable."""
+        self.release(session)
+        run = self.run(session)
+        if run is not None:
+            run.stop()
+
+    def open(
+        self, session: str, visitor: str, messages: Sequence[Mapping[str, str]], settings: Settings,
+        *, paced: bool = False, title: str = "", owner: str = "",
+    ) -> Run:  # fmt: skip
+        """Start a run; the caller must `close` the session's run when it stops listening. Raises `DFlashError`.
+
+        `visitor` is counted for the limits; `owner`, the session unless given, shares its turns among its runs.
+        """
+        if self.is_busy(session):
+            raise BusyError("A reply is being written.", "", "Wait for it or stop it first.")
+        self.limits.check_text(sum(len(message["content"]) for message in messages))
+        self._rate.count(visitor)
+        pair = self.engine.borrow()
+        try:
+            run = Run(
+                pair, messages, settings.capped(self.limits.max_new_tokens),
+                turnstile=self._turnstile, owner=owner or session, paced=paced, title=title, decode=self.engine.decode,
+                check_tokens=self.limits.check_tokens, on_end=self.engine.give_back,
+            )  # fmt: skip
+        except BaseException:
+            self.engine.give_back()
+            raise
+        with self._lock:
+            self._runs[session] = run
+        return run.start()
+
+    def run(self, session: str) -> Run | None:
+        """The session's run, None when it has none."""
+        with self._lock:
+            return self._runs.get(session)
+
+    def is_busy(self, session: str) -> bool:
+        run = self.run(session)
+        return run is not None and run.phase != "done"
+
+    def close(self, session: str) -> None:
+        """Stop the session's run and forget it; harmless without one."""
+        self.release(session)
+        with self._lock:
+            run = self._runs.pop(session, None)
+        if run is not None:
+            run.close()
