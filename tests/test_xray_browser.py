@@ -490,9 +490,19 @@ def test_lanes_share_one_clock(site, open_page):
     frames(page)
     at = page.evaluate("[0, 1].map(i => dflashXray('#lane' + i).info.step)")
     assert at == [2, page.evaluate("dflashXray('#lane1').run.at(0.24)")] and at[1] > at[0]
+    assert page.evaluate("getComputedStyle(document.querySelector('#lane0 .dfx-step.future')).opacity") == "0"
     page.evaluate("() => { clock.setSpeed(4); clock.play(); }")
     page.wait_for_function("() => !clock.running", timeout=10_000)
     assert page.evaluate("clock.time === clock.duration && dflashXray('#lane1').info.step === dflashXray('#lane1').info.steps - 1")
+
+
+def test_a_measured_baseline_joins_the_chart(export):
+    page = export()
+    before = ink(page, ".dfx-chart:nth-child(3) canvas")
+    plain = recorded(WORDS, accepted=(0,), k=0, drafting=False).ndjson
+    page.evaluate("text => void dflashXray('.dfx').setBaseline(text)", plain)
+    expect(page.locator(".dfx-chart:nth-child(3) figcaption")).to_contain_text("dashed: plain decoding")
+    assert ink(page, ".dfx-chart:nth-child(3) canvas") != before
 
 
 def test_the_theme_of_the_page_is_followed(site, open_page):

@@ -70,7 +70,7 @@ const bar = (pen, ink, x, y, width, height) => {
   pen.fill();
 };
 
-const TIMELINE = { left: 26, right: 34, top: 10, bottom: 16, widest: 16 };
+const TIMELINE = { left: 26, right: 34, top: 10, bottom: 16, widest: 24 };
 
 // Where the bars of the timeline stand; the scrubber uses the same numbers.
 const timelineScale = (run, width) => {

@@ -1,4 +1,14 @@
 // The X-ray itself: one element, one run, one animation frame for everything it draws.
+//
+// window.dflashXray(root)          the X-ray in an element or selector, mounted if it is not yet; of it:
+//   setTrace(ndjson)               the whole trace so far; only what is new is read; another header starts afresh
+//   setBaseline(ndjson)            a plain run to compare with in "tokens over time"; '' removes it
+//   seek(step, {phase})            step counts from 0, -1 is the first token; phase 'mask' | 'draft' | 'verdict'
+//   seekTime(seconds, speed)       the moment so many measured seconds after the start; hides what came later
+//   play(speed) pause() setSpeed(speed) followLive() next()
+//   on('step' | 'end', listener)   {step, phase, mode} on every change, info once per run; returns the way to stop
+//   info, duration                 where it stands, what is known, seconds of the run
+// window.dflashXray.clock(lanes)   one clock for several: play() pause() seek(seconds) setSpeed(x) on('time', fn)
 
 const FRAME_BUDGET_MS = 9;
 const CHART_EVERY_MS = 120;
