@@ -10,9 +10,9 @@ from dflash_core.config import SamplingParams
 from dflash_core.drafter import DFlashDrafter, Drafter, NoDraft
 from dflash_core.errors import DecodeError, PromptError
 from dflash_core.events import Event, Finish, FinishReason, Prefill, Step
+from dflash_core.graphed import GraphedDrafter
 from dflash_core.sampling import Sampler, confidence
 from dflash_core.scheduler import judge
-from dflash_core.target import TargetSession
 
 if TYPE_CHECKING:
     from dflash_core.loading import Pair
@@ -59,7 +59,8 @@ def default_drafter(pair: "Pair", params: SamplingParams, drafting: bool) -> Dra
             f"It is {params.block_size}, the draft was trained for {trained}.",
             f"Choose 2 to {trained}.",
         )
-    return DFlashDrafter(pair.target, pair.draft, params.block_size)
+    kind = GraphedDrafter if pair.target.graphs else DFlashDrafter
+    return kind(pair.target, pair.draft, params.block_size)
 
 
 class _Run:
@@ -70,7 +71,8 @@ class _Run:
         self.params, self.drafter, self.target = params, drafter, pair.target
         self.sampler = Sampler(params, pair.target.device)
         self.ending = _Ending(pair, params, len(self.prompt))
-        self.session: TargetSession = pair.target.session(drafter.taps)
+        self.capacity = len(self.prompt) + self.ending.limit + drafter.max_drafted + 1
+        self.session = pair.target.session(drafter.taps, self.capacity)
         self.device = pair.target.device
         self.reply: list[int] = []
         self.reason: FinishReason | None = None
@@ -136,7 +138,7 @@ class _Run:
         if self.reason is None and (old[:-1] != self.reply[:-1] or self.session.length != run_so_far):
             start = self._now()
             self.session.close()
-            self.session = self.target.session(self.drafter.taps)
+            self.session = self.target.session(self.drafter.taps, self.capacity)
             self.drafter.reset()
             _, self.features = self.session.prefill(torch.tensor([self.prompt + self.reply[:-1]], device=self.device))
             self.seconds += self._now() - start

@@ -61,8 +61,14 @@ class DFlashDrafter:
         self._draft.extend(self._cache, features.to(self._masks.device))
 
     def propose(self, anchor: int, k: int) -> Tensor:
+        return self._fill(self._block(anchor, k))
+
+    def _block(self, anchor: int, k: int) -> Tensor:
         ids = self._masks[:, : k + 1].clone()
         ids[0, 0] = anchor
+        return ids
+
+    def _fill(self, ids: Tensor) -> Tensor:
         block = self._target.embed(ids).to(self._draft.fc.weight)
         return self._target.head(self._draft.fill(self._cache, block)[0, 1:])
 

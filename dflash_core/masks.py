@@ -39,11 +39,19 @@ def may_attend(
     return allowed
 
 
-def inference_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Dense mask [B, 1, Q, K] of one block behind its whole context; only a window can hide anything."""
-    zero = torch.zeros_like(query_positions[:, :, None])
-    keys = torch.zeros_like(key_positions[:, None, :])
-    return may_attend(zero, 0, zero, query_positions[:, :, None], keys, keys, keys, key_positions[:, None, :], window)[:, None]
+def inference_mask(
+    query_positions: Tensor, context_positions: Tensor, window: int | None, visible: Tensor | None = None
+) -> Tensor:
+    """Dense mask [B, 1, Q, S + Q] of one block behind its context; `visible` [B, S] hides unused rows of a fixed buffer."""
+    slots = torch.zeros_like(query_positions)
+    unused = torch.zeros_like(context_positions) if visible is None else (~visible).to(slots)
+    key_block = torch.cat((torch.full_like(context_positions, -1), slots), dim=1)[:, None]
+    key_document = torch.cat((unused, slots), dim=1)[:, None]
+    key_position = torch.cat((context_positions, query_positions), dim=1)[:, None]
+    query = slots[:, :, None]
+    # The block stands behind all of its context, so every context index (0) is before its anchor (1).
+    rule = may_attend(query, 1, query, query_positions[:, :, None], key_block, 0, key_document, key_position, window)
+    return rule[:, None]
 
 
 @dataclass(frozen=True)

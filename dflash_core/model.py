@@ -79,6 +79,10 @@ class DraftCache:
         self._keys: list[Tensor | None] = [None] * config.num_hidden_layers
         self._values: list[Tensor | None] = [None] * config.num_hidden_layers
 
+    def next_positions(self, count: int, device: torch.device) -> Tensor:
+        """Absolute positions [1, count] of what follows the cached context."""
+        return torch.arange(self.length, self.length + count, device=device)[None]
+
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append `[1, kv_heads, n, head_dim]` to one layer. Call `advance(n)` once after the last layer."""
         end = self.length + keys.shape[2]
@@ -95,10 +99,14 @@ class DraftCache:
     def advance(self, count: int) -> None:
         self.length += count
 
-    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
         keys, values = self._keys[layer], self._values[layer]
         assert keys is not None and values is not None
-        return keys[:, :, :length], values[:, :, :length]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def key_positions(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Positions [1, S] of the keys that `read` gives, and which of them hold context (None: all)."""
+        return torch.arange(self.length, device=device)[None], None
 
 
 class Attention(nn.Module):
@@ -208,30 +216,31 @@ class DFlashDraftModel(nn.Module):
             block = layer(block, rotary, past, masks[kind])
         return self.norm(block)
 
-    def extend(self, cache: DraftCache, features: Tensor) -> None:
-        """Feed committed tokens' tapped hidden states [1, n, taps * H] into the cache, each token exactly once."""
-        count = features.shape[1]
+    def extend(self, cache: DraftCache, features: Tensor, count: Any = None) -> None:
+        """Feed committed tokens' tapped hidden states [1, n, taps * H] into the cache, each token exactly once.
+
+        `count` (default n) tells how many of the n rows are real when a fixed-size buffer is padded at its end.
+        """
         context = self.project(features)
-        positions = torch.arange(cache.length, cache.length + count, device=features.device)[None]
-        rotary = self.rotary(positions, context.dtype)
+        rotary = self.rotary(cache.next_positions(features.shape[1], features.device), context.dtype)
         for index, layer in enumerate(self.layers):
             cache.extend(index, *layer.self_attn.keys_values(context, rotary))
-        cache.advance(count)
+        cache.advance(features.shape[1] if count is None else count)
 
     def fill(self, cache: DraftCache, block: Tensor) -> Tensor:
         """Fill one block [1, k+1, H] that starts right after the cached context; the cache is only read."""
-        start = cache.length
-        positions = torch.arange(start + block.shape[1], device=block.device)[None]
-        rotary = self.rotary(positions[:, start:], block.dtype)
-        masks = self._inference_masks(positions[:, start:], positions[:, :start])
+        positions = cache.next_positions(block.shape[1], block.device)
+        rotary = self.rotary(positions, block.dtype)
+        masks = self._inference_masks(positions, *cache.key_positions(block.device))
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-            block = layer(block, rotary, cache.read(index, start), masks[kind])
+            block = layer(block, rotary, cache.read(index), masks[kind])
         return self.norm(block)
 
-    def _inference_masks(self, block_positions: Tensor, context_positions: Tensor) -> Masks:
+    def _inference_masks(self, block_positions: Tensor, context_positions: Tensor, visible: Tensor | None = None) -> Masks:
         """One block at the end of its context: full layers see everything, sliding ones |q - k| < window."""
         masks: dict[str, Any] = {"full_attention": None}
-        if "sliding_attention" in self.config.layer_types:
-            keys = torch.cat((context_positions, block_positions), dim=1)
-            masks["sliding_attention"] = inference_mask(block_positions, keys, self.config.sliding_window)
+        windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+        for kind in set(self.config.layer_types):
+            if visible is not None or windows[kind] is not None:
+                masks[kind] = inference_mask(block_positions, context_positions, windows[kind], visible)
         return masks

@@ -9,6 +9,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
 from dflash_core.errors import LoadError
+from dflash_core.graphed import GraphedSession, can_graph
 
 # Exact types: a subclass may keep more state than the rollback below knows.
 _ATTENTION = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
@@ -23,8 +24,10 @@ _STATELESS = (cache_utils.DummyLayer,)
 class Target:
     """A loaded transformers causal language model and the traits that drafting needs to know of it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, graphs: bool | None = None) -> None:
+        """`graphs` records forwards as CUDA graphs; None does so where the model allows it."""
         self.model = model.eval().requires_grad_(False)
+        self.graphs = can_graph(model) if graphs is None else graphs
         self.config = model.config.get_text_config(decoder=True)
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         if self._embedding is None or self._head is None:
@@ -83,8 +86,13 @@ class Target:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else (logits / cap).tanh() * cap
 
-    def session(self, taps: tuple[int, ...] = ()) -> "TargetSession":
-        """A fresh, empty run; sessions share the weights and nothing else."""
+    def session(self, taps: tuple[int, ...] = (), capacity: int | None = None) -> "TargetSession | GraphedSession":
+        """A fresh, empty run; sessions share the weights and nothing else.
+
+        `capacity` is the most tokens it will ever hold, blocks included; without it nothing is recorded in advance.
+        """
+        if self.graphs and capacity is not None:
+            return GraphedSession(self, taps, capacity)
         return TargetSession(self, taps)
 
     def _check_cache(self) -> None:
