@@ -68,12 +68,13 @@ def fetch(source: str, what: str, progress: Progress, *, revision: str | None, l
 
 
 def _bar_class(message: str, progress: Progress) -> type:
-    """A tqdm that draws nothing and passes the download's fraction on."""
+    """A tqdm that draws nothing and passes on the fraction of bytes that are on disk."""
     from tqdm.auto import tqdm
 
     class Forward(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)
+            # Among the Hub's bars, one counts files and one bytes on the wire, whose total is a guess.
+            self._counts = options.get("unit") == "B" and options.get("desc") != "Downloading bytes"
             super().__init__(*args, **(options | {"disable": False, "gui": True}))
 
         def display(self, *args: Any, **options: Any) -> None:
@@ -81,7 +82,7 @@ def _bar_class(message: str, progress: Progress) -> type:
 
         def update(self, n: float | None = 1) -> bool | None:
             self.n += n or 0
-            if self.unit == "B" and self.total:
+            if self._counts and self.total:
                 progress(message, min(self.n / self.total, 1.0))
             return None
 
