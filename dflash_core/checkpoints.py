@@ -21,7 +21,7 @@ _UNWANTED = ("*/*", "consolidated*")
 
 
 def local_folder(source: str) -> Path | None:
-    """The folder if `source` names one on this machine, None if it is a Hub id. Raises `LoadError` for a missing path."""
+    """The folder if `source` names one on this machine, None for a Hub id. Raises `LoadError` for a missing path."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -29,7 +29,9 @@ def local_folder(source: str) -> Path | None:
     if is_path:
         found = "It is a file" if path.is_file() else "There is no such folder"
         raise LoadError(
-            f"The model '{source}' was not found.", f"{found}.", "Give a checkpoint's folder or a Hub id like 'owner/name'."
+            f"The model '{source}' was not found.",
+            f"{found}.",
+            "Give a checkpoint's folder or a Hub id like 'owner/name'.",
         )
     return None
 
@@ -103,7 +105,9 @@ def hub_errors(source: str) -> Iterator[None]:
         do = "Accept its licence on huggingface.co and log in with: hf auth login."
         raise LoadError(wrong, "Access to it is restricted.", do) from error
     except hub.RepositoryNotFoundError as error:
-        raise LoadError(wrong, "There is no such public model.", "Check the spelling, or log in if it is private.") from error
+        raise LoadError(
+            wrong, "There is no such public model.", "Check the spelling, or log in if it is private."
+        ) from error
     except hub.RevisionNotFoundError as error:
         raise LoadError(wrong, "The revision does not exist.", "Give an existing branch, tag or commit.") from error
     except hub.LocalEntryNotFoundError as error:
@@ -114,7 +118,9 @@ def hub_errors(source: str) -> Iterator[None]:
     except hub.HFValidationError as error:
         raise LoadError(wrong, "It is not a valid Hub id.", "Give 'owner/name' or a local folder.") from error
     except (http_error, ConnectionError, TimeoutError) as error:
-        raise LoadError(wrong, f"The connection failed: {first_line(error)}", "Check the network and try again.") from error
+        raise LoadError(
+            wrong, f"The connection failed: {first_line(error)}", "Check the network and try again."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,11 +128,15 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LoadError(
-            "This folder holds no checkpoint.", f"There is no {path.name} in {path.parent}.", "Give the folder that has one."
+            "This folder holds no checkpoint.",
+            f"There is no {path.name} in {path.parent}.",
+            "Give the folder that has one.",
         ) from error
     except (OSError, ValueError) as error:
         raise LoadError(
-            "A checkpoint's file is unreadable.", f"{path} is not valid JSON: {error}.", "Download the checkpoint again."
+            "A checkpoint's file is unreadable.",
+            f"{path} is not valid JSON: {error}.",
+            "Download the checkpoint again.",
         ) from error
     if not isinstance(value, dict):
         raise LoadError(
@@ -136,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, one or as its index says. Raises `LoadError` for pickles and missing shards."""
+    """The safetensors files of a checkpoint, one or as indexed. Raises `LoadError` for pickles and missing shards."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -148,19 +158,25 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds {pickles[0]} and no safetensors.",
             "Convert the checkpoint to safetensors first.",
         )
-    raise LoadError("The checkpoint has no weights.", f"There is no {SINGLE} in {folder}.", "Download the checkpoint again.")
+    raise LoadError(
+        "The checkpoint has no weights.", f"There is no {SINGLE} in {folder}.", "Download the checkpoint again."
+    )
 
 
 def _indexed_files(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise LoadError("The checkpoint's index is unusable.", f"Its {INDEX} has no 'weight_map'.", "Download the checkpoint again.")
+        raise LoadError(
+            "The checkpoint's index is unusable.", f"Its {INDEX} has no 'weight_map'.", "Download the checkpoint again."
+        )
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise LoadError("The checkpoint's index is unusable.", f"It names the file '{name}'.", "Download it again.")
         if not (folder / name).is_file():
-            raise LoadError("The checkpoint is incomplete.", f"The shard {name} is missing in {folder}.", "Download it again.")
+            raise LoadError(
+                "The checkpoint is incomplete.", f"The shard {name} is missing in {folder}.", "Download it again."
+            )
     return [folder / name for name in names]
 
 
@@ -170,12 +186,16 @@ def weight_errors(where: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise LoadError(
-            "The weights are damaged or cut short.", f"Reading {where} failed: {error}.", "Download the checkpoint again."
+            "The weights are damaged or cut short.",
+            f"Reading {where} failed: {error}.",
+            "Download the checkpoint again.",
         ) from error
 
 
 def disk_full(folder: Path, found: str = "The disk is full.") -> LoadError:
-    return LoadError(f"There is no room for the model in {folder}.", found, "Free some space or choose another cache folder.")
+    return LoadError(
+        f"There is no room for the model in {folder}.", found, "Free some space or choose another cache folder."
+    )
 
 
 @contextmanager
@@ -189,7 +209,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise disk_full(folder) from error
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or number == errno.EROFS:
             raise LoadError(
-                "The model's folder cannot be written.", f"{text}.", "Allow writing there or choose another cache folder."
+                "The model's folder cannot be written.",
+                f"{text}.",
+                "Allow writing there or choose another cache folder.",
             ) from error
         raise
 

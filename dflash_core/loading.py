@@ -171,7 +171,9 @@ def _target_source(target: str, cache: Path, report: Progress, local_files_only:
     return HUB_FALLBACK
 
 
-def _plan_draft(source: str, target_config: Any, report: Progress, options: dict[str, Any]) -> tuple[DraftConfig, list[Path]]:
+def _plan_draft(
+    source: str, target_config: Any, report: Progress, options: dict[str, Any]
+) -> tuple[DraftConfig, list[Path]]:
     """Check a draft as far as possible without reading its weights; returns its shape and its files."""
     config = read_draft_config(read_json(config_path(source, **options)))
     check_fit(config, target_config)
@@ -202,7 +204,11 @@ def check_fit(draft: DraftConfig, target: Any) -> None:
 
 
 def _assemble(
-    request: _Request, folder: Path, options: dict[str, Any], plan: tuple[DraftConfig, list[Path]] | None, report: Progress
+    request: _Request,
+    folder: Path,
+    options: dict[str, Any],
+    plan: tuple[DraftConfig, list[Path]] | None,
+    report: Progress,
 ) -> Pair:
     report("Loading the target", None)
     weight_files(folder)
@@ -238,7 +244,9 @@ def _reporting(progress: Progress | None) -> Iterator[Progress]:
 
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    bar = tqdm(total=1.0, bar_format="{desc} {percentage:3.0f}%|{bar}|", leave=False, disable=True if progress else None)
+    bar = tqdm(
+        total=1.0, bar_format="{desc} {percentage:3.0f}%|{bar}|", leave=False, disable=True if progress else None
+    )
 
     def draw(message: str, fraction: float | None) -> None:
         bar.set_description_str(message, refresh=False)

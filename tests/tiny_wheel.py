@@ -17,8 +17,8 @@ from tests.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 MEMBER = "tiny_gguf/tiny.gguf"
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 SHAPE = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-    head_dim=16, tie_word_embeddings=True, rms_norm_eps=1e-5,
+    hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS, head_dim=16, tie_word_embeddings=True, rms_norm_eps=1e-5,
 )  # fmt: skip
 LAYER_NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
@@ -44,7 +44,9 @@ def write_gguf(path: Path) -> dict[str, torch.Tensor]:
     expected: dict[str, torch.Tensor] = {}
     model = tiny_llama(**SHAPE).state_dict()
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-    names |= {f"blk.{i}.{short}": f"model.layers.{i}.{long}" for i in range(LAYERS) for short, long in LAYER_NAMES.items()}
+    names |= {
+        f"blk.{i}.{short}": f"model.layers.{i}.{long}" for i in range(LAYERS) for short, long in LAYER_NAMES.items()
+    }
     for short, long in names.items():
         expected[f"{long}.weight"] = _write_tensor(writer, f"{short}.weight", model[f"{long}.weight"].numpy())
     writer.write_header_to_file()
@@ -103,8 +105,12 @@ def write_wheel(folder: Path, gguf: Path) -> WheelSource:
     info = "tiny_gguf-0.0.1.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, MEMBER)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 0.0.1\nRequires-Dist: absent\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 0.0.1\nRequires-Dist: absent\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", f"{MEMBER},,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
     content = wheel.read_bytes()
     return WheelSource(
