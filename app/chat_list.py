@@ -122,8 +122,8 @@ class Shelf:
         shelf = shelf or {}
         return self.show(shelf.get("current") or new(), shelf.get("index") or [])
 
-    def _opened(self, shelf: dict[str, Any], chosen: str) -> tuple:
-        if not shelf.get("current"):
+    def _opened(self, shelf: dict[str, Any] | None, chosen: str) -> tuple:
+        if not shelf or not shelf.get("current"):
             return (gr.skip(),) * len(self.shown)
         return self._booted(shelf)
 
@@ -139,7 +139,10 @@ class Shelf:
     def _removed(self, shelf: dict[str, Any] | None, *_: None) -> tuple:
         return self._booted(shelf)
 
-    def _shelved(self, shelf: dict[str, Any], *_: None) -> tuple:
+    def _shelved(self, shelf: dict[str, Any] | None, *_: None) -> tuple:
+        # The browser could not keep the chat: it stays on screen, and the list as it was.
+        if not shelf:
+            return (gr.skip(),) * 3
         current = shelf["current"]
         return current, gr.Radio(choices(shelf["index"], current), value=current["id"]), current["title"]
 

@@ -55,7 +55,7 @@ def build(chats: ChatList) -> ChatTab:
                 lines=1, max_lines=8, submit_btn=True, container=False, autofocus=True, elem_classes="dfc-composer",
                 elem_id="dfc-composer",
             )  # fmt: skip
-        with gr.Column(scale=6, min_width=320, elem_classes="dfc-pane dfc-xray-pane", elem_id="dfc-xray-pane"):
+        with gr.Column(scale=7, min_width=320, elem_classes="dfc-pane dfc-xray-pane", elem_id="dfc-xray-pane"):
             xray = gr.HTML(**xray_kwargs(step_mode=True, elem_id="dfc-xray"))
     hidden = gr.JSON(new(), visible=False), gr.Textbox(visible=False)
     keep = channel("keep", None)

@@ -17,7 +17,7 @@ class LimitError(DFlashError):
 class Limits:
     """Caps on one run and on the host. None means no cap; `pairs` is the allow-list of pairs to load."""
 
-    max_new_tokens: int = 16384
+    max_new_tokens: int = 4096
     prompt_characters: int | None = None
     prompt_tokens: int | None = None
     runs_per_minute: int | None = None

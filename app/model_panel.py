@@ -23,8 +23,6 @@ class ModelPanel:
     draft: gr.Textbox
     custom: gr.Group
     load: gr.Button
-    timer: gr.Timer
-    version: gr.State
 
 
 def build(engine: Engine, limits: Limits, pairs: tuple[str, ...]) -> ModelPanel:
@@ -42,11 +40,13 @@ def build(engine: Engine, limits: Limits, pairs: tuple[str, ...]) -> ModelPanel:
             chosen.draft or "" if chosen else "", label="Draft model", placeholder="Hub id or folder", elem_id="dfc-draft"
         )
     load = gr.Button("Load", size="sm", elem_id="dfc-load")
-    return ModelPanel(engine, limits, pair, target, draft, custom, load, gr.Timer(LOADING_TICK_SECONDS), gr.State(-1))
+    return ModelPanel(engine, limits, pair, target, draft, custom, load)
 
 
 def wire(panel: ModelPanel, status: gr.HTML, block_size: gr.Slider) -> None:
-    """Connect the picker, the status line and the block-size slider, whose range is the draft's."""
+    """Connect the picker, the status line and the block-size slider, whose range is the draft's. Outside the sidebar."""
+    # A timer inside a closed accordion never ticks.
+    timer, version = gr.Timer(LOADING_TICK_SECONDS), gr.State(-1)
 
     def chosen(name: str) -> gr.Group:
         return gr.Group(visible=name == CUSTOM)
@@ -65,8 +65,8 @@ def wire(panel: ModelPanel, status: gr.HTML, block_size: gr.Slider) -> None:
         return packed(status_line(now)), now.version, gr.Timer(pace), _slider(now)
 
     panel.pair.change(chosen, panel.pair, panel.custom, **QUIET)
-    panel.load.click(load, [panel.pair, panel.target, panel.draft], panel.timer, **QUIET)
-    panel.timer.tick(tick, panel.version, [status, panel.version, panel.timer, block_size], queue=False, **QUIET)
+    panel.load.click(load, [panel.pair, panel.target, panel.draft], timer, **QUIET)
+    timer.tick(tick, version, [status, version, timer, block_size], queue=False, **QUIET)
 
 
 def status_channel() -> gr.HTML:

@@ -27,7 +27,7 @@ def build(engine: Engine, limits: Limits = OPEN, pairs: tuple[str, ...] = PAIRS)
     """The whole page, not yet served. `launch_options` go to its `launch`."""
     desk = Desk(engine, limits)
     with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False) as page:
-        with gr.Sidebar(width=300, elem_classes="dfc-sidebar"):
+        with gr.Sidebar(width=280, elem_classes="dfc-sidebar"):
             chats = chat_list.build()
             with gr.Accordion("Model", open=False):
                 models = model_panel.build(engine, limits, pairs)

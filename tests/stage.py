@@ -89,7 +89,7 @@ class Stage:
         yield self._seen(Prefill(prompt_tokens, tokens[0], 0.02))
         start, position, index = time.perf_counter(), 1, 0
         while position < len(tokens):
-            step = scripted_step(tokens, position, k, index)
+            step = scripted_step(tokens, position, min(k, len(tokens) - position - 1), index)
             if self.step_error is not None and index == self.step_error[0] and not warming:
                 raise self.step_error[1]
             pause = start + (index + 1) / self.steps_per_second - time.perf_counter()

@@ -36,7 +36,9 @@ async function transact(store, mode, act) {
 }
 
 const store = {
-  async put(name, record) {
+  async put(name, proxied) {
+    // Gradio hands over reactive proxies, which IndexedDB cannot copy.
+    const record = JSON.parse(JSON.stringify(proxied));
     memory[name].set(record.id, record);
     await transact(name, 'readwrite', s => s.put(record));
     if (await database) memory[name].delete(record.id);

@@ -181,9 +181,10 @@ function restoreScheme() {
   if (scheme && !new URLSearchParams(location.search).has('__theme')) applyScheme(scheme === 'dark');
 }
 
-// On a phone the sidebar covers the page: it starts closed there.
+// On a phone the sidebar covers the page: it starts closed there, and closes when the window becomes that narrow.
+const narrow = matchMedia('(max-width: 768px)');
 function closeSidebarWhenNarrow() {
-  if (innerWidth > 768) return;
+  if (!narrow.matches) return;
   const toggle = document.querySelector('.sidebar.open .toggle-button');
   if (toggle) toggle.click();
 }
@@ -198,5 +199,6 @@ function startPage() {
   cleanCopies();
   restoreScheme();
   watchChat();
+  narrow.addEventListener('change', closeSidebarWhenNarrow);
   document.addEventListener('keydown', onKey, true);
 }

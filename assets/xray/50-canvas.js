@@ -66,7 +66,9 @@ const line = (pen, ink, x1, y1, x2, y2, dash = []) => {
 const bar = (pen, ink, x, y, width, height) => {
   pen.fillStyle = ink;
   pen.beginPath();
-  pen.roundRect(x, y, width, height, [Math.min(2, width / 2, height / 2), Math.min(2, width / 2, height / 2), 0, 0]);
+  // A canvas of no room, hidden or about to be laid out, gives bars of negative size.
+  const round = Math.max(0, Math.min(2, width / 2, height / 2));
+  pen.roundRect(x, y, width, height, [round, round, 0, 0]);
   pen.fill();
 };
 
