@@ -110,6 +110,12 @@ def test_a_step_explains_itself(export):
     assert page.locator(".dfx-time.verify").text_content() == "verify 30 ms"
 
 
+def test_fenced_code_keeps_its_columns(export):
+    page = export(["Look", ":", "\n", "```", "py", "\n", "x", " =", " 1", "\n", "```", "\n", "Done"])
+    code = page.locator(".dfx-line.code").all_text_contents()
+    assert code == ["x = 1\n", "```\n"] and page.locator(".dfx-line").last.text_content() == "Done"
+
+
 def test_a_bonus_and_an_empty_acceptance_read_right(export):
     page = export(accepted=(2, 0), k=2)
     for step, words in ((1, "kept all 2 and added"), (2, "kept none and wrote")):
@@ -479,6 +485,14 @@ def test_a_reader_who_looks_back_is_not_pulled_forward(site, open_page):
     page.wait_for_timeout(400)
     assert ("next_step", {}) in producer.told
     page.wait_for_function("() => dflashXray('#main').info.ended", timeout=20_000)
+
+
+def test_an_opened_trace_is_read_from_its_beginning(site, open_page):
+    page = open_page(site[1])
+    page.evaluate("text => void dflashXray('#main').setTrace(text)", recorded(WORDS * 40).ndjson)
+    page.wait_for_function("() => dflashXray('#main').run.ended")
+    frames(page)
+    assert page.locator("#main .dfx-stream").evaluate("e => [e.scrollTop, e.scrollHeight > e.clientHeight]") == [0, True]
 
 
 def test_lanes_share_one_clock(site, open_page):

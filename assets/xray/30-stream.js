@@ -25,6 +25,9 @@ class Stream {
     this.cursor = Infinity;
     this.selected = null;
     this.line = null;
+    this.code = false;
+    this.lastTop = 0;
+    this.broken = false;
     this.lineTokens = 0;
     this.kind = 'first';
     this.lastStep = -1;
@@ -73,8 +76,10 @@ class Stream {
     this.count = index + 1;
   }
 
+  // A fence switches between prose and code, which keeps its columns.
   startLine() {
-    this.line = h('div', { class: 'dfx-line', dir: 'auto' });
+    if (this.line && this.broken && /^\s*```/.test(this.line.textContent)) this.code = !this.code;
+    this.line = h('div', { class: this.code ? 'dfx-line code' : 'dfx-line', dir: 'auto' });
     this.text.append(this.line);
     this.lineTokens = 0;
     this.broken = false;

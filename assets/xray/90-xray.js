@@ -25,6 +25,8 @@ class XRay {
     this.chartsAt = 0;
     this.build(root.dataset.label || 'X-ray');
     new ResizeObserver(() => this.redraw()).observe(root);
+    // Lines off screen have guessed heights until they are drawn, so the end moves after the last token too.
+    new ResizeObserver(() => this.player.mode === 'live' && this.stream.sticking && this.stream.toBottom()).observe(this.stream.text);
     this.schedule();
   }
 
@@ -54,6 +56,8 @@ class XRay {
 
   setTrace(ndjson) {
     if (this.run.setSource(ndjson)) this.restart();
+    // A run that is already over is read from its beginning, one that grows is followed.
+    if (!this.run.offset) this.stream.sticking = !/"t":"(finish|cancel)"/.test(ndjson.slice(-400));
     this.schedule();
     return this;
   }
@@ -168,7 +172,6 @@ class XRay {
 
   restart() {
     this.stream.clear();
-    this.stream.sticking = true;
     this.player.live();
     this.preview = null;
     this.shownEnd = false;
