@@ -1,22 +1,16 @@
 """The X-ray in a real browser: an exported page, and a small Gradio page fed by a scripted producer."""
 
-import shutil
 import threading
 import time
 
 import gradio as gr
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from app import render, trace
 from app.trace import Recorder
 from tests.xray_script import STOP, WordTokenizer, header, recorded, run_events
 
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WORDS = "Once upon a time , a draft guessed and a target checked .".replace(" ", "| ").split("|") + ["\n", "\n", "The", " end"]
 STREAM, STRIP = ".dfx-text", ".dfx-strip"
 # Notes every main-thread task over 50 ms from before the first line of the page's own script.
@@ -26,21 +20,13 @@ new PerformanceObserver(list => list.getEntries().forEach(e => longTasks.push(e.
 """
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def open_page(browser):
+def open_page(chromium):
     """A fresh page that must not log an error; options as for a browser context."""
     contexts, faults = [], []
 
     def open_(url, **options):
-        context = browser.new_context(**({"viewport": {"width": 1100, "height": 900}} | options))
+        context = chromium.new_context(**({"viewport": {"width": 1100, "height": 900}} | options))
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(str(error)))
@@ -409,7 +395,7 @@ def site():
         go.click(producer.run, None, xray, show_progress="hidden")
         for name in render.EVENTS:
             getattr(xray, name)(producer.heard(name))
-    _, url, _ = demo.launch(head=render.app_head(), prevent_thread_lock=True, quiet=True, server_port=0 or None, ssr_mode=False)
+    _, url, _ = demo.launch(head=render.app_head(), prevent_thread_lock=True, quiet=True, ssr_mode=False)
     yield producer, url, lanes
     demo.close()
 
