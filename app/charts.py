@@ -56,8 +56,10 @@ def committed_figure(events: Sequence[Event], *, dark: bool = False) -> go.Figur
     figure.add_bar(x=numbers, y=own, name="correction or bonus", marker=_hatched(ink.own), hovertemplate="%{y} own")
     figure.add_scatter(x=numbers, y=mean, name="running mean τ", mode="lines", line={"color": ink.text, "width": 2},
                        hovertemplate="τ %{y:.2f}")  # fmt: skip
-    figure.add_hline(y=1, line_dash="dash", line_color=ink.other, annotation_text="plain decoding: 1")
+    figure.add_scatter(x=[0.5, len(steps) + 0.5], y=[1, 1], name="plain decoding", mode="lines", hoverinfo="skip",
+                       line={"color": ink.text, "width": 1.5, "dash": "dash"})  # fmt: skip
     figure.update_layout(barmode="stack", bargap=0.15, hovermode="x unified")
+    figure.update_xaxes(range=[0.5, len(steps) + 0.5], showgrid=False)
     return figure
 
 
@@ -77,7 +79,7 @@ def positions_figure(stats: RunStats, *, dark: bool = False) -> go.Figure:
         hovertemplate="position %{x}: %{customdata[0]} of %{customdata[1]} accepted<extra></extra>",
     )
     figure.update_yaxes(tickformat=".0%", range=[0, 1.05])
-    figure.update_xaxes(dtick=1)
+    figure.update_xaxes(dtick=1, range=[0.5, len(shares) + 0.5], showgrid=False)
     return figure
 
 
@@ -94,7 +96,7 @@ def lengths_figure(stats: RunStats, *, dark: bool = False) -> go.Figure:
         cliponaxis=False,
         hovertemplate="%{y} steps accepted %{x}<extra></extra>",
     )
-    figure.update_xaxes(dtick=1)
+    figure.update_xaxes(dtick=1, showgrid=False, zeroline=False)
     return figure
 
 
@@ -143,7 +145,7 @@ def _figure(title: str, x: str, y: str, ink: Inks) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 56, "r": 20, "t": 56, "b": 48},
         height=340,
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
+        legend={"orientation": "h", "traceorder": "normal", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         xaxis={"title": x, **axis},
         yaxis={"title": y, **axis},
         modebar={"remove": ["lasso2d", "select2d"]},

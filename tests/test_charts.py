@@ -22,7 +22,7 @@ def test_committed_stacks_the_drafts_and_the_targets_tokens():
     assert list(accepted)[:4] == [3, 0, 7, 2] and set(own) == {1}
     assert sum(accepted) + sum(own) == 38
     assert trace_named(figure, "running mean τ").y[-1] == pytest.approx(summarise(RUN).tau)
-    assert any(shape.y0 == shape.y1 == 1 for shape in figure.layout.shapes)
+    assert list(trace_named(figure, "plain decoding").y) == [1, 1]
 
 
 def test_positions_and_lengths_are_the_stats():
