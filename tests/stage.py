@@ -46,6 +46,7 @@ class Stage:
         self.steps_per_second, self.block_size, self.load_seconds = steps_per_second, block_size, load_seconds
         self.reply = DEFAULT_REPLY
         self.load_error: DFlashError | None = None
+        self.loadable: set[str] = set()
         self.step_error: tuple[int, DFlashError] | None = None
         self.loads: list[tuple[str, Any, Any]] = []
         self.events: list[Any] = []
@@ -59,7 +60,7 @@ class Stage:
         for part in range(1, 5):
             progress("Reading weights", part / 4)
             time.sleep(self.load_seconds / 4)
-        if self.load_error is not None:
+        if self.load_error is not None and name not in self.loadable:
             raise self.load_error
         return SimpleNamespace(
             name=name, tokenizer=self.tokenizer, draft=SimpleNamespace(), block_size=self.block_size, device="cpu",
@@ -118,7 +119,7 @@ def scripted_step(tokens: Sequence[int], position: int, k: int, index: int) -> S
     return Step(
         index=index, position=position, anchor=tokens[position - 1], drafted=tuple(drafted), posterior=tuple(future),
         accepted=accepted, correction=future[accepted], committed=committed,
-        draft_confidence=tuple(0.9 - 0.08 * i for i in range(k)),
-        target_confidence=tuple(0.95 - 0.05 * i for i in range(k + 1)),
+        draft_confidence=tuple(round(0.9 * 0.9**i, 3) for i in range(k)),
+        target_confidence=tuple(round(0.95 * 0.95**i, 3) for i in range(k + 1)),
         draft_seconds=0.004 if k else 0.0, verify_seconds=0.009,
     )  # fmt: skip
