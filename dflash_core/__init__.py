@@ -7,6 +7,7 @@ from dflash_core.events import Finish, Prefill, Step
 from dflash_core.loading import Pair, load_pair
 from dflash_core.model import DFlashDraftModel
 from dflash_core.pipeline import DFlashPipeline
+from dflash_core.reference import transformers_decode
 from dflash_core.scheduler import DFlashTokenDiffusionScheduler
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "Step",
     "decode",
     "load_pair",
+    "transformers_decode",
 ]

@@ -31,6 +31,7 @@ class Run:
 
     commits   how many tokens joined the reply after each forward of the target, prefill first
     tally     the loop's own account, None for transformers' methods
+    times     seconds after the start at which each of `commits` was there, () for the loop, which reports its own
     """
 
     ids: tuple[int, ...]
@@ -39,6 +40,7 @@ class Run:
     commits: tuple[int, ...]
     tally: Tally | None = None
     peak_bytes: int | None = None
+    times: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,9 @@ def make_methods(pair: Pair, kinds: Iterable[str], params: SamplingParams, block
     methods = []
     for kind in kinds:
         if kind in DRAFTING and len(block_sizes) > 1:
-            methods += [Method(f"{kind}-b{k}", kind, _runner(pair, kind, replace(params, block_size=k))) for k in block_sizes]
+            methods += [
+                Method(f"{kind}-b{k}", kind, _runner(pair, kind, replace(params, block_size=k))) for k in block_sizes
+            ]
         else:
             own = replace(params, block_size=block_sizes[0] if block_sizes else None)
             methods.append(Method(kind, kind, _runner(pair, kind, own)))
@@ -141,13 +145,13 @@ class _Listener:
     """A streamer that keeps times instead of text."""
 
     def __init__(self) -> None:
-        self.first_time = 0.0
+        self.times: list[float] = []
         self.commits: list[int] = []
         self._saw_prompt = False
 
     def put(self, value: Tensor) -> None:
         if self._saw_prompt:
-            self.first_time = self.first_time or time.perf_counter()
+            self.times.append(time.perf_counter())
             self.commits.append(value.numel())
         self._saw_prompt = True
 
@@ -171,10 +175,13 @@ def _run_generate(pair: Pair, ids: Sequence[int], params: SamplingParams, option
         torch.manual_seed(params.seed or 0)
     listener = _Listener()
     start = _now(pair)
-    output = pair.target.model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=listener, **settings, **options)
+    output = pair.target.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), streamer=listener, **settings, **options
+    )
     reply = output[0, len(ids) :].tolist()
     seconds = _now(pair) - start
-    return Run(tuple(reply), seconds, listener.first_time - start, tuple(listener.commits))
+    times = tuple(moment - start for moment in listener.times)
+    return Run(tuple(reply), seconds, times[0], tuple(listener.commits), times=times)
 
 
 def _measured(pair: Pair, run: Callable[[], Run]) -> Run:
