@@ -1,4 +1,4 @@
-"""`python -m dflash_core.bench`: the same prompts through several ways of decoding, side by side; knows no decoding itself."""
+"""`python -m dflash_core.bench`: the same prompts through several ways of decoding; does no decoding itself."""
 
 import argparse
 import json
@@ -24,12 +24,20 @@ WARM_UP_TOKENS = 8
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m dflash_core.bench", description="Compare ways of decoding on this machine.")
+    parser = argparse.ArgumentParser(
+        "python -m dflash_core.bench", description="Compare ways of decoding on this machine."
+    )
     add_pair_arguments(parser)
     bench = parser.add_argument_group("the bench")
-    bench.add_argument("--prompts", required=True, metavar="FILE", help="JSONL: 'messages' and perhaps 'category' per line")
-    bench.add_argument("--methods", type=_names, metavar="A,B", help=f"of {','.join(METHODS)} (default: all that the pair allows)")
-    bench.add_argument("--block-size", type=int, nargs="+", default=[], metavar="K", help="one or several (default: the draft's)")
+    bench.add_argument(
+        "--prompts", required=True, metavar="FILE", help="JSONL: 'messages' and perhaps 'category' per line"
+    )
+    bench.add_argument(
+        "--methods", type=_names, metavar="A,B", help=f"of {','.join(METHODS)} (default: all that the pair allows)"
+    )
+    bench.add_argument(
+        "--block-size", type=int, nargs="+", default=[], metavar="K", help="one or several (default: the draft's)"
+    )
     bench.add_argument("--temperature", type=float, default=0.0)
     bench.add_argument("--seed", type=int, default=0, help="for temperatures above 0 (default: %(default)s)")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="default: %(default)s")
@@ -68,7 +76,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and report as the options say. Raises `DFlashError`."""
     for name in ("repeats", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise PromptError("A bench setting is out of range.", f"'{name}' is {getattr(options, name)}.", "It must be at least 1.")
+            raise PromptError(
+                "A bench setting is out of range.", f"'{name}' is {getattr(options, name)}.", "It must be at least 1."
+            )
     params = SamplingParams(
         temperature=options.temperature,
         seed=options.seed if options.temperature > 0.0 else None,
@@ -118,7 +128,9 @@ def measure(methods: Sequence[Method], prompts: Sequence[Sequence[int]], repeats
     return runs
 
 
-def _measure_once(methods: Sequence[Method], prompts: Sequence[Sequence[int]], repeat: int, bar: tqdm) -> dict[str, list[Run]]:
+def _measure_once(
+    methods: Sequence[Method], prompts: Sequence[Sequence[int]], repeat: int, bar: tqdm
+) -> dict[str, list[Run]]:
     done: dict[str, list[Run]] = {method.name: [] for method in methods}
     for index, ids in enumerate(prompts):
         turn = (repeat + index) % len(methods)

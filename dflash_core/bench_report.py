@@ -127,8 +127,13 @@ def _split(runs: Runs) -> dict[str, Any]:
     """Where the seconds of one pass over all prompts went; medians over the repeats."""
     totals = [Tally().merge(run.tally for run in repeat if run.tally) for repeat in runs]
     walls = [sum(run.seconds for run in repeat) for repeat in runs]
-    parts = {name: [getattr(total, name) for total in totals] for name in ("prefill_seconds", "draft_seconds", "verify_seconds")}
-    parts["other_seconds"] = [w - t.prefill_seconds - t.draft_seconds - t.verify_seconds for w, t in zip(walls, totals, strict=True)]
+    parts = {
+        name: [getattr(total, name) for total in totals]
+        for name in ("prefill_seconds", "draft_seconds", "verify_seconds")
+    }
+    parts["other_seconds"] = [
+        w - t.prefill_seconds - t.draft_seconds - t.verify_seconds for w, t in zip(walls, totals, strict=True)
+    ]
     return {name: statistics.median(values) for name, values in parts.items()}
 
 
@@ -140,8 +145,9 @@ def _memory(runs: Runs) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> Iterator[str]:
     """The report for people, line by line."""
     methods = report["methods"]
-    yield f"{report['pair']} on {report['device']} in {report['dtype']}: {report['prompts']} prompts x {report['repeats']} repeats"
-    yield f"at most {report['max_new_tokens']} new tokens, temperature {report['temperature']:g}, tokens/s as median (low-high)"
+    yield f"{report['pair']} on {report['device']} in {report['dtype']}, temperature {report['temperature']:g}"
+    yield f"{report['prompts']} prompts x {report['repeats']} repeats, at most {report['max_new_tokens']} new tokens"
+    yield "tokens/s: median (lowest-highest) of the repeats"
     yield ""
     yield from _grid([_HEAD, *([name, *_cells(entry)] for name, entry in methods.items())])
     yield from _categories(methods)

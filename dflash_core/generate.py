@@ -1,4 +1,4 @@
-"""`python -m dflash_core.generate "prompt"`: one reply in the terminal, streamed; knows how to ask, not how to decode."""
+"""`python -m dflash_core.generate "prompt"`: one reply, streamed to the terminal; asks for it, does not decode."""
 
 import argparse
 import dataclasses
@@ -58,15 +58,21 @@ def parser() -> argparse.ArgumentParser:
     add_pair_arguments(parser)
     reply = parser.add_argument_group("the reply")
     reply.add_argument("--system", metavar="S", help="a system message")
-    reply.add_argument("--raw", action="store_true", help="go on from the prompt as plain text, without the chat template")
+    reply.add_argument(
+        "--raw", action="store_true", help="go on from the prompt as plain text, without the chat template"
+    )
     reply.add_argument("--no-draft", action="store_true", help="plain decoding, the baseline")
-    reply.add_argument("--block-size", type=int, metavar="K", help="slots per block, anchor included (default: the draft's)")
+    reply.add_argument(
+        "--block-size", type=int, metavar="K", help="slots per block, anchor included (default: the draft's)"
+    )
     reply.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     reply.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     reply.add_argument("--top-p", type=float, default=1.0)
     reply.add_argument("--top-k", type=int, default=0)
     reply.add_argument("--seed", type=int)
-    reply.add_argument("--acceptance", choices=("match", "rejection"), default="match", help="the rule above temperature 0")
+    reply.add_argument(
+        "--acceptance", choices=("match", "rejection"), default="match", help="the rule above temperature 0"
+    )
     output = parser.add_argument_group("the output")
     output.add_argument("--show-steps", action="store_true", help="one line per step: drafted, accepted, corrected")
     output.add_argument("--json", action="store_true", help="print every event as one line of JSON")
@@ -124,7 +130,9 @@ def _run(options: argparse.Namespace, out: TextIO, notes: TextIO) -> int:
 
 def _prompt_text(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
-        raise PromptError("There is nothing to reply to.", "No prompt was given.", "Write it after the command, in quotes.")
+        raise PromptError(
+            "There is nothing to reply to.", "No prompt was given.", "Write it after the command, in quotes."
+        )
     text = sys.stdin.read() if prompt in (None, "-") else prompt
     if not text.strip():
         raise PromptError("The prompt is empty.", "It holds no text.", "Write something to reply to.")

@@ -1,6 +1,5 @@
-"""`DFlashPipeline`: prompts, chats or ids in, texts out, a callback per step; a shell over `decode` that knows no loop."""
+"""`DFlashPipeline`: prompts, chats or ids in, texts out, a callback per step; it knows no loop, only `decode`."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,22 +7,20 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from dflash_core.config import SamplingParams
 from dflash_core.decode import decode, default_drafter
 from dflash_core.drafter import DFlashDrafter, Drafter
-from dflash_core.errors import LoadError, PromptError
+from dflash_core.errors import PromptError
 from dflash_core.events import Event, Finish, Prefill, Step
-from dflash_core.loading import Pair, check_fit, load_pair
+from dflash_core.loading import Pair, load_pair
 from dflash_core.model import DFlashDraftModel
+from dflash_core.pipeline_files import DRAFT_FOLDER, TARGET_FOLDER, pair_of, read_index, save_pair
 from dflash_core.prompts import Message, chat_ids, text_ids
 from dflash_core.scheduler import DFlashTokenDiffusionScheduler
 from dflash_core.step_callback import StepCallback, check_tensor_inputs
-from dflash_core.target import Target
-from dflash_core.target_files import context_length, stop_token_ids
 
 CallbackOnStepEnd: TypeAlias = Callable[["DFlashPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
@@ -52,7 +49,10 @@ class DFlashPipeline:
         tokenizer: Any = None,
         scheduler: DFlashTokenDiffusionScheduler | None = None,
     ) -> None:
-        """Take loaded models. Without a draft model the target decodes alone; without a tokenizer only ids go in and out."""
+        """Take loaded models; the draft is moved to the target's device and dtype.
+
+        Without a draft model the target decodes alone; without a tokenizer only ids go in and out.
+        """
         self._set(pair_of("pipeline", target_model, draft_model, tokenizer), scheduler)
 
     @classmethod
@@ -71,11 +71,12 @@ class DFlashPipeline:
         scheduler: DFlashTokenDiffusionScheduler | None = None,
         **load_options: Any,
     ) -> "DFlashPipeline":
-        """Load a folder that `save_pretrained` wrote, a named pair, or a target and a draft; options as for `load_pair`."""
+        """Load a folder `save_pretrained` wrote, a named pair, or a target and a draft; options as for `load_pair`."""
         folder = None if name_or_folder is None else Path(name_or_folder)
-        if folder is not None and (folder / "model_index.json").is_file():
-            index = _read_index(folder / "model_index.json")
-            target, draft = target or folder / "target_model", draft or (folder / "draft_model" if index["draft_model"] else "none")
+        index = None if folder is None else read_index(folder)
+        if index is not None:
+            target = target or folder / TARGET_FOLDER
+            draft = draft or (folder / DRAFT_FOLDER if index["draft_model"] else "none")
             scheduler = scheduler or DFlashTokenDiffusionScheduler(**index["scheduler"])
         elif name_or_folder is not None:
             load_options["name"] = str(name_or_folder)
@@ -109,18 +110,7 @@ class DFlashPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write target, tokenizer, draft and scheduler settings where `from_pretrained(folder)` finds them."""
-        folder = Path(folder)
-        self.target_model.save_pretrained(folder / "target_model")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder / "target_model")
-        if self.draft_model is not None:
-            save_draft(self.draft_model, folder / "draft_model")
-        index = {
-            "_class_name": "DFlashPipeline",
-            "draft_model": self.draft_model is not None,
-            "scheduler": self.scheduler.config,
-        }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        save_pair(self.pair, Path(folder), self.scheduler.config)
 
     def __call__(
         self,
@@ -150,18 +140,28 @@ class DFlashPipeline:
         use_chat_template    False takes `prompt` as plain text
         callback_on_step_end called after each step as (pipe, step, timestep, tensors) with the tensors named in
                              `callback_on_step_end_tensor_inputs`: block_output_ids [1, k+1], draft_logits [1, k, V],
-                             accepted_length [1], next_token [1], output_ids [1, prompt + reply]. Tensors it returns take
-                             the place of those: a changed output_ids is the text to go on from, otherwise a changed
+                             accepted_length [1], next_token [1], output_ids [1, prompt + reply]. Tensors it returns
+                             replace those: a changed output_ids is the text to go on from, otherwise a changed
                              block, accepted length or next token is what this step adds to it.
         Raises `PromptError`. With return_dict=False returns (sequences, texts).
         """
-        names = ("block_output_ids",) if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        names = (
+            ("block_output_ids",) if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        )
         check_tensor_inputs(names)
         if output_type not in ("text", "seq"):
-            raise PromptError("The output type does not exist.", f"'output_type' is {output_type!r}.", "Choose 'text' or 'seq'.")
+            raise PromptError(
+                "The output type does not exist.", f"'output_type' is {output_type!r}.", "Choose 'text' or 'seq'."
+            )
         if output_type == "text" and self.tokenizer is None:
-            raise PromptError("The reply cannot become text.", "This pipeline has no tokenizer.", "Ask for output_type='seq'.")
-        template = {"add_generation_prompt": add_generation_prompt, **self.pair.chat_template_kwargs, **(chat_template_kwargs or {})}
+            raise PromptError(
+                "The reply cannot become text.", "This pipeline has no tokenizer.", "Ask for output_type='seq'."
+            )
+        template = {
+            "add_generation_prompt": add_generation_prompt,
+            **self.pair.chat_template_kwargs,
+            **(chat_template_kwargs or {}),
+        }
         params = SamplingParams(
             temperature=temperature,
             max_new_tokens=max_new_tokens,
@@ -222,7 +222,11 @@ class DFlashPipeline:
     def _prompt_ids(
         self, prompt: Any, messages: Any, input_ids: Any, use_chat_template: bool, template: Mapping[str, Any]
     ) -> list[list[int]]:
-        given = [name for name, value in (("prompt", prompt), ("messages", messages), ("input_ids", input_ids)) if value is not None]
+        given = [
+            name
+            for name, value in (("prompt", prompt), ("messages", messages), ("input_ids", input_ids))
+            if value is not None
+        ]
         if len(given) != 1:
             raise PromptError(
                 "The pipeline needs exactly one input.",
@@ -247,7 +251,9 @@ def _rows(input_ids: Any) -> list[list[int]]:
     if isinstance(input_ids, Tensor):
         if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
             raise PromptError(
-                "'input_ids' has the wrong shape.", f"It is {input_ids.dtype} {list(input_ids.shape)}.", "Pass whole numbers [n] or [B, n]."
+                "'input_ids' has the wrong shape.",
+                f"It is {input_ids.dtype} {list(input_ids.shape)}.",
+                "Pass whole numbers [n] or [B, n].",
             )
         input_ids = input_ids.tolist()
     rows = list(input_ids)
@@ -262,34 +268,3 @@ def _checked_scheduler(scheduler: DFlashTokenDiffusionScheduler) -> DFlashTokenD
             "Use DFlashTokenDiffusionScheduler.",
         )
     return scheduler
-
-
-def pair_of(name: str, model: Any, draft: DFlashDraftModel | None, tokenizer: Any) -> Pair:
-    """A `Pair` of loaded models, proven to fit. Raises `LoadError`."""
-    target = model if isinstance(model, Target) else Target(model)
-    if draft is not None:
-        check_fit(draft.config, target.config)
-    return Pair(
-        name=name,
-        target=target,
-        draft=None if draft is None else draft.eval(),
-        tokenizer=tokenizer,
-        stop_token_ids=stop_token_ids(target, tokenizer),
-        context_length=context_length(target, tokenizer),
-    )
-
-
-def save_draft(draft: DFlashDraftModel, folder: Path) -> None:
-    """Write a draft in the public layout: config.json and model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.contiguous() for name, weight in draft.state_dict().items()}, folder / "model.safetensors")
-    config = draft.config.to_dict() | {"dtype": str(draft.fc.weight.dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        return {"draft_model": bool(index["draft_model"]), "scheduler": dict(index["scheduler"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadError("The saved pipeline cannot be read.", f"'{path}': {error!r}.", "Save it again.") from error

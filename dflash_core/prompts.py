@@ -23,7 +23,9 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], **template_kwargs: Any
     """Token ids of a chat through the tokenizer's own template, the reply's opening included unless told otherwise."""
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
-            "This target has no chat template.", "Its tokenizer takes plain text only.", "Give plain text or an instruct model."
+            "This target has no chat template.",
+            "Its tokenizer takes plain text only.",
+            "Give plain text or an instruct model.",
         )
     # Templates raise jinja errors of many kinds for roles they do not take, all of them about the messages.
     from jinja2 import TemplateError
@@ -36,7 +38,9 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], **template_kwargs: Any
         )
     except (TemplateError, KeyError, TypeError) as error:
         raise PromptError(
-            "The target's chat template refuses these messages.", f"It says: {error}.", "Give 'role' and 'content' in an order it takes."
+            "The target's chat template refuses these messages.",
+            f"It says: {error}.",
+            "Give 'role' and 'content' in an order it takes.",
         ) from error
 
 
@@ -82,7 +86,7 @@ def spread(prompts: Sequence[ChatPrompt], limit: int | None) -> list[ChatPrompt]
     """At most `limit` prompts, taken in turn from each category, so that a few stand for all."""
     if limit is None or limit >= len(prompts):
         return list(prompts)
-    return [prompt for prompt, _ in zip(_in_turn(prompts), range(limit))]
+    return [prompt for prompt, _ in zip(_in_turn(prompts), range(limit), strict=False)]
 
 
 def _in_turn(prompts: Sequence[ChatPrompt]) -> Iterator[ChatPrompt]:

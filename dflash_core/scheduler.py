@@ -14,7 +14,7 @@ from dflash_core.sampling import Sampler, pick, probabilities
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How far a block was right. `posterior` [k+1] is the target's choice per slot; posterior[accepted] the correction."""
+    """How far a block was right: the target's choice per slot [k+1], and the correction at posterior[accepted]."""
 
     posterior: Tensor
     accepted: int
@@ -57,8 +57,13 @@ def reject(sampler: Sampler, probs: Tensor, drafted: Tensor, draft_probs: Tensor
 
 @dataclass(slots=True)
 class DFlashTokenDiffusionSchedulerOutput:
-    """One verified block per row: the drafted block [B, k+1] as it came, how many drafted tokens were accepted [B] (0..k),
-    the correction or bonus [B], and the target's choice per slot [B, k+1]."""
+    """Verified blocks.
+
+    prev_sample       the blocks [B, k+1] as they came: the anchor, then the drafted tokens
+    accepted_length   how many drafted tokens were accepted [B], 0..k
+    next_token        the correction or bonus [B]
+    posterior         the target's choice after each slot [B, k+1]
+    """
 
     prev_sample: Tensor
     accepted_length: Tensor
@@ -88,10 +93,12 @@ class DFlashTokenDiffusionScheduler:
         return {name: getattr(self._params, name) for name in ("acceptance", "top_p", "top_k", "seed")}
 
     def set_timesteps(self, num_inference_steps: int = 1, device: str | torch.device | None = None) -> None:
-        """Start a run: timesteps n-1..0 (DFlash fills a block in one) and, with a seed, the random numbers from the top."""
+        """Start a run: timesteps n-1..0 (DFlash fills a block in one), and a seed's random numbers from the top."""
         if num_inference_steps < 1:
             raise PromptError(
-                "A scheduler setting is out of range.", f"'num_inference_steps' is {num_inference_steps}.", "It must be at least 1."
+                "A scheduler setting is out of range.",
+                f"'num_inference_steps' is {num_inference_steps}.",
+                "It must be at least 1.",
             )
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
@@ -135,7 +142,7 @@ class DFlashTokenDiffusionScheduler:
 
     @staticmethod
     def check_should_stop(output_ids: Tensor, stop_token_ids: Sequence[int] | None, num_input_tokens: int) -> bool:
-        """Whether a stop token stands among the committed tokens of output_ids [B, prompt + reply], the very first included."""
+        """Whether a stop token stands in the reply part of output_ids [B, prompt + reply]; it holds no mask slots."""
         if not stop_token_ids:
             return False
         stops = torch.tensor(list(stop_token_ids), device=output_ids.device)
@@ -149,7 +156,9 @@ class DFlashTokenDiffusionScheduler:
     ) -> tuple[Tensor, Tensor]:
         if draft_logits is None:
             raise PromptError(
-                "Rejection sampling cannot judge this block.", "'draft_logits' is missing.", "Pass the logits the draft drew from."
+                "Rejection sampling cannot judge this block.",
+                "'draft_logits' is missing.",
+                "Pass the logits the draft drew from.",
             )
         verdicts = [
             reject(self._random, self._distribution(p, temperature), d, self._distribution(q, temperature))

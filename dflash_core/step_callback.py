@@ -115,5 +115,7 @@ def _check_names(returned: Any) -> None:
 
 def _ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, Tensor) or value.is_floating_point() or not value.numel():
-        raise PromptError("The callback returned a wrong tensor.", f"'{name}' is {value!r}.", "Return token ids of whole numbers.")
+        raise PromptError(
+            "The callback returned a wrong tensor.", f"'{name}' is {value!r}.", "Return token ids of whole numbers."
+        )
     return value.flatten().tolist()

@@ -130,7 +130,11 @@ def legend() -> str:
 def summary(tally: Tally, ending: str) -> Iterator[str]:
     """The closing numbers, one line each."""
     rate = tally.tokens_per_second
-    yield f"{tally.new_tokens} tokens in {tally.seconds:.2f} s" + (f" ({rate:.1f} tok/s)" if rate else "") + f", ended by {ending}"
+    yield (
+        f"{tally.new_tokens} tokens in {tally.seconds:.2f} s"
+        + (f" ({rate:.1f} tok/s)" if rate else "")
+        + f", ended by {ending}"
+    )
     if tally.first_token_seconds is not None:
         yield f"first token after {tally.first_token_seconds * 1000:.0f} ms"
     if tally.drafted:

@@ -9,13 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dflash_core import DFlashError, Finish, Prefill, SamplingParams, Step, decode, generate
-from dflash_core.tally import Tally
-from dflash_core.terminal import Printer, TextStream, may_colour, summary
 from tests.scripted import reply_of
-from tests.tiny import tiny_draft, tiny_llama, tiny_pair, tiny_tokenizer, write_draft, write_target
+from tests.tiny import tiny_draft, tiny_llama, tiny_pair, write_draft, write_target
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -65,13 +62,18 @@ def test_options_reach_the_decoder(command, pair):
     text = "tell me a story"
     _, plain, err = command("--no-draft", "--max-new-tokens", "20", text)
     assert plain == command("--max-new-tokens", "20", text)[1] and "τ" not in err
-    _, sampled, _ = command("--max-new-tokens", "20", "--temperature", "1", "--seed", "3", "--top-k", "9", "--top-p", "0.9", text)
+    _, sampled, _ = command(
+        "--max-new-tokens", "20", "--temperature", "1", "--seed", "3", "--top-k", "9", "--top-p", "0.9", text
+    )
     ids = reply(pair, text, temperature=1.0, seed=3, top_k=9, top_p=0.9)
     assert sampled == pair.tokenizer.decode(ids, skip_special_tokens=True) + "\n" != plain
     _, with_system, _ = command("--system", "be brief", "--max-new-tokens", "20", text)
     assert with_system == pair.tokenizer.decode(reply(pair, text, "be brief"), skip_special_tokens=True) + "\n"
     raw = reply_of(decode(pair, pair.tokenizer(text).input_ids, SamplingParams(max_new_tokens=20)))
-    assert command("--raw", "--max-new-tokens", "20", text)[1] == pair.tokenizer.decode(raw, skip_special_tokens=True) + "\n"
+    assert (
+        command("--raw", "--max-new-tokens", "20", text)[1]
+        == pair.tokenizer.decode(raw, skip_special_tokens=True) + "\n"
+    )
 
 
 def test_json_prints_every_event_as_a_line(command, pair):
@@ -81,7 +83,9 @@ def test_json_prints_every_event_as_a_line(command, pair):
     kinds = {"prefill": Prefill, "step": Step, "finish": Finish}
     events = []
     for row in rows:
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name != "event"}
+        values = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name != "event"
+        }
         events.append(kinds[row["event"]](**values))  # every field is there, and no other
     assert reply_of(events) == reply(pair, "hello", max_new_tokens=9)
     assert max(len(event.drafted) for event in events if isinstance(event, Step)) == 2
@@ -169,122 +173,6 @@ def test_a_real_interrupt_of_a_real_process(folders):
     finally:
         process.kill()
     assert process.returncode == 130 and "ended by Ctrl-C" in err and "Traceback" not in err
-
-
-# Colour.
-
-
-class Screen(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize(
-    "stream, environment, expected",
-    [
-        (Screen(), {"TERM": "xterm"}, True),
-        (Screen(), {"NO_COLOR": "1"}, False),
-        (Screen(), {"NO_COLOR": ""}, True),
-        (Screen(), {"TERM": "dumb"}, False),
-        (io.StringIO(), {"TERM": "xterm"}, False),
-    ],
-)
-def test_colour_is_for_terminals_of_the_willing(stream, environment, expected):
-    assert may_colour(stream, environment) is expected
-
-
-def step(**fields) -> Step:
-    usual = dict(
-        index=0, position=1, anchor=40, drafted=(50, 51, 52), posterior=(50, 51, 60, 61), accepted=2, correction=60,
-        committed=(50, 51, 60), draft_confidence=(0.5,) * 3, target_confidence=(0.5,) * 4, draft_seconds=0.1, verify_seconds=0.2,
-    )  # fmt: skip
-    return Step(**usual | fields)
-
-
-EVENTS = [Prefill(3, 40, 0.5), step(), step(index=1, position=4, anchor=60, accepted=3, correction=61, committed=(50, 51, 52, 61))]
-
-
-def printed(events, **options) -> str:
-    screen = io.StringIO()
-    printer = Printer(screen, tiny_tokenizer(), **{"colour": True, "show_steps": False} | options)
-    for event in events:
-        printer.show(event)
-    printer.close()
-    return screen.getvalue()
-
-
-def test_each_token_is_painted_as_who_wrote_it_and_the_paint_comes_off():
-    shown = printed(EVENTS)
-    ids = [40, 50, 51, 60, 50, 51, 52, 61]
-    assert ESCAPES.sub("", shown) == tiny_tokenizer().decode(ids) + "\n" == printed(EVENTS, colour=False)
-    styles = re.findall(r"\x1b\[([0-9;]+)m[^\x1b]+\x1b\[0m", shown)
-    accepted, correction = "38;5;74", "1;4;38;5;214"
-    assert styles == ["1", accepted, accepted, correction, accepted, accepted, accepted, correction]
-
-
-def test_the_baseline_and_line_breaks_are_not_painted():
-    newline = tiny_tokenizer().convert_tokens_to_ids("Ċ")
-    plain = step(drafted=(), posterior=(newline,), accepted=0, correction=newline, committed=(newline,))
-    assert printed([plain]) == "\n\n"
-    assert printed([step(accepted=0, committed=(newline,), correction=newline)]) == "\n\n"
-
-
-def test_a_cut_step_paints_only_what_was_committed():
-    assert len(re.findall(r"\x1b\[38", printed([step(committed=(50,))]))) == 1
-    assert "cut 2 after the end" in printed([step(committed=(50,))], show_steps=True)
-
-
-def test_steps_mark_accepted_rejected_correction_and_bonus():
-    lines = ESCAPES.sub("", printed(EVENTS, show_steps=True)).splitlines()
-    assert lines[1].startswith("step   0  2/3 accepted") and lines[1].count("✓") == 2 and lines[1].count("✗") == 1
-    assert "▲" in lines[1] and "★" not in lines[1] and "draft 100.0 verify 200.0 ms" in lines[1]
-    assert lines[2].count("✓") == 3 and "★" in lines[2] and "▲" not in lines[2]
-
-
-def test_the_closing_numbers():
-    tally = Tally()
-    for event in EVENTS:
-        tally.add(event)
-    assert list(summary(tally, "a stop token")) == [
-        "8 tokens in 1.10 s (7.3 tok/s), ended by a stop token",
-        "first token after 500 ms",
-        "acceptance length τ 3.50 tokens per verify pass over 2 passes",
-        "accepted/drafted 5/6 (83.3%)",
-    ]
-    assert tally.accepted_by_position == [1.0, 1.0, 0.5]
-    assert list(summary(Tally(), "Ctrl-C")) == ["0 tokens in 0.00 s, ended by Ctrl-C"]
-
-
-# Text, whole characters only.
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer():
-    """Every byte is a token, so that each character beyond ASCII takes several."""
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
-
-
-@pytest.mark.parametrize("text", ["plain", "naïve café", "海の詩 🌊🇨🇭 end", "👩‍👩‍👧‍👦", " leading", "tab\tline\n\n", "\N{REPLACEMENT CHARACTER} kept"])
-def test_pieces_are_whole_characters_and_join_to_the_reply(byte_tokenizer, text):
-    stream = TextStream(byte_tokenizer)
-    ids = byte_tokenizer(text).input_ids
-    pieces = [stream.push(token) for token in ids]
-    assert "".join(pieces) + stream.flush() == text
-    if "\N{REPLACEMENT CHARACTER}" not in text:
-        assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces) and [p for p in pieces if p] == list(text)
-
-
-def test_an_unfinished_character_comes_with_the_flush(byte_tokenizer):
-    stream = TextStream(byte_tokenizer)
-    ids = byte_tokenizer("a🌊").input_ids[:-1]
-    assert "".join(stream.push(token) for token in ids) == "a"
-    assert stream.flush() == byte_tokenizer.decode(ids)[1:] and stream.flush() == ""
 
 
 def test_errors_are_of_the_users_family():

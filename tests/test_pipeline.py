@@ -4,33 +4,19 @@ import pytest
 import torch
 
 from dflash_core import DFlashError, DFlashPipeline, DFlashTokenDiffusionScheduler, Finish, SamplingParams, Step, decode
+from tests.pipes import PROMPT, baseline, ids_of, make_parrot, make_pipe
 from tests.scripted import reply_of
-from tests.tiny import STOP_TOKEN_ID, VOCAB_SIZE, tiny_draft, tiny_llama, tiny_qwen3_5, tiny_tokenizer
-
-ALL_TENSORS = ["block_output_ids", "draft_logits", "accepted_length", "next_token", "output_ids"]
-PROMPT = [5, 9, 17, 33]
+from tests.tiny import STOP_TOKEN_ID, VOCAB_SIZE, tiny_draft, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    model = tiny_llama()
-    return DFlashPipeline(tiny_draft(model.config), model, tiny_tokenizer())
+    return make_pipe()
 
 
 @pytest.fixture(scope="module")
 def parrot():
-    """A target that always says token 0, and a draft that guesses so: every block is accepted whole."""
-    model = tiny_llama()
-    model.lm_head.weight.data.zero_()
-    return DFlashPipeline(tiny_draft(model.config), model, tiny_tokenizer())
-
-
-def baseline(pipe, ids=PROMPT, **params) -> list[int]:
-    return reply_of(decode(pipe.pair, ids, SamplingParams(**{"stop_token_ids": ()} | params), drafting=False))
-
-
-def ids_of(pipe, **options) -> list[int]:
-    return pipe(input_ids=PROMPT, **{"stop_token_ids": [], "max_new_tokens": 24} | options).sequences[0].tolist()
+    return make_parrot()
 
 
 # Failures of earlier implementations.
@@ -75,139 +61,13 @@ def test_a_stop_token_inside_an_accepted_block_ends_the_reply(parrot):
         return {"block_output_ids": torch.tensor([[0, 0, 7, 0]])} if step == 1 else None
 
     output = parrot(
-        input_ids=PROMPT, max_new_tokens=24, stop_token_ids=[7], callback_on_step_end=swap, callback_on_step_end_tensor_inputs=[]
-    )
-    assert output.sequences[0].tolist() == [0] * 6 + [7] and output.events[0][-1].reason == "stop"
-
-
-def test_the_callback_sees_each_tensor_under_its_own_name(pipe):
-    seen = []
-
-    def look(pipe, step, timestep, tensors):
-        seen.append((step, timestep, {name: tensor.clone() for name, tensor in tensors.items()}))
-        return tensors
-
-    output = pipe(
         input_ids=PROMPT,
         max_new_tokens=24,
-        stop_token_ids=[],
-        callback_on_step_end=look,
-        callback_on_step_end_tensor_inputs=ALL_TENSORS,
+        stop_token_ids=[7],
+        callback_on_step_end=swap,
+        callback_on_step_end_tensor_inputs=[],
     )
-    assert output.sequences[0].tolist() == baseline(pipe, max_new_tokens=24)  # returning what came changes nothing
-    steps = [event for event in output.events[0] if isinstance(event, Step)]
-    assert [step for step, _, _ in seen] == list(range(len(steps))) and {t for _, t, _ in seen} == {0}
-    reply = [output.events[0][0].first_token]
-    for event, (_, _, tensors) in zip(steps, seen, strict=True):
-        reply += event.committed
-        assert list(tensors) == ALL_TENSORS
-        assert tensors["block_output_ids"].tolist() == [[event.anchor, *event.drafted]]
-        assert tensors["accepted_length"].tolist() == [event.accepted]
-        assert tensors["next_token"].tolist() == [event.correction]
-        assert tensors["output_ids"].tolist() == [[*PROMPT, *reply]]
-        assert tensors["draft_logits"].shape == (1, len(event.drafted), VOCAB_SIZE)
-        assert tuple(tensors["draft_logits"][0].argmax(-1).tolist()) == event.drafted
-
-
-# A returned tensor takes the place of the buffer.
-
-
-def changing(pipe, at: int, change, **options) -> list[int]:
-    """The reply when `change(tensors)` is returned after step `at`."""
-
-    def callback(pipe, step, timestep, tensors):
-        return change(tensors) if step == at else None
-
-    return ids_of(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=ALL_TENSORS, **options)
-
-
-def continued(pipe, start: list[int], length: int = 24) -> list[int]:
-    """What the target says after the prompt and `start`."""
-    return start + baseline(pipe, [*PROMPT, *start], max_new_tokens=length - len(start))
-
-
-def test_a_changed_next_token_is_what_the_reply_goes_on_from(pipe):
-    plain = baseline(pipe, max_new_tokens=24)
-    found = changing(pipe, 2, lambda tensors: {"next_token": (tensors["next_token"] + 1) % VOCAB_SIZE})
-    cut = next(i for i, (a, b) in enumerate(zip(plain, found, strict=True)) if a != b)
-    assert found[cut] == (plain[cut] + 1) % VOCAB_SIZE
-    assert found == continued(pipe, found[: cut + 1])
-
-
-@pytest.mark.parametrize("place", [0, 1, 3, -2, -1])
-def test_changed_output_ids_are_the_text_to_go_on_from(pipe, place):
-    start = []
-
-    def change(tensors):
-        ids = tensors["output_ids"]
-        ids[0, len(PROMPT) + place if place >= 0 else place] = 60
-        start.extend(ids[0, len(PROMPT) :].tolist())
-        return tensors
-
-    found = changing(pipe, 4, change)
-    assert 60 in start and found == continued(pipe, start)
-
-
-@pytest.mark.parametrize("start", [[60], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69]])
-def test_a_shorter_or_longer_reply_is_gone_on_from(pipe, start):
-    found = changing(pipe, 3, lambda tensors: {"output_ids": torch.tensor([[*PROMPT, *start]])})
-    assert found == continued(pipe, start)
-
-
-def test_a_reply_on_a_hybrid_target_is_gone_on_from():
-    model = tiny_qwen3_5()
-    pipe = DFlashPipeline(tiny_draft(model.config), model, tiny_tokenizer())
-    found = changing(pipe, 3, lambda tensors: {"output_ids": torch.tensor([[*PROMPT, 60, 61, 62]])})
-    assert found == continued(pipe, [60, 61, 62])
-
-
-def test_fewer_accepted_tokens_are_kept_when_the_callback_says_so(parrot):
-    found = changing(parrot, 1, lambda tensors: {"accepted_length": torch.tensor([1]), "next_token": torch.tensor([9])})
-    assert found == [0] * 6 + [9] + [0] * 17
-
-
-def test_a_stop_token_can_be_taken_back(pipe):
-    plain = baseline(pipe, max_new_tokens=24)
-    place = next(i for i in range(4, 24) if plain[i] not in plain[:i])
-    other = next(token for token in range(VOCAB_SIZE) if token not in plain)
-
-    def change(tensors):
-        assert tensors["output_ids"][0, -1] == plain[place]  # the step that ended the reply
-        return {"output_ids": torch.cat((tensors["output_ids"][:, :-1], torch.tensor([[other]])), dim=1)}
-
-    step = next(
-        event.index
-        for event in pipe(input_ids=PROMPT, stop_token_ids=[plain[place]], max_new_tokens=24).events[0]
-        if isinstance(event, Step) and plain[place] in event.committed
-    )
-    found = changing(pipe, step, change, stop_token_ids=[plain[place]])
-    expected = baseline(pipe, [*PROMPT, *plain[:place], other], max_new_tokens=23 - place, stop_token_ids=(plain[place],))
-    assert found == [*plain[:place], other, *expected]
-
-
-@pytest.mark.parametrize(
-    "returned, message",
-    [
-        ({"latents": torch.zeros(1)}, "Found 'latents'"),
-        (7, "Found 7"),
-        ({"next_token": 5}, "'next_token' is 5"),
-        ({"next_token": torch.tensor([0.5])}, "'next_token' is tensor"),
-        ({"next_token": torch.tensor([VOCAB_SIZE])}, f"It has id {VOCAB_SIZE}"),
-        ({"output_ids": torch.tensor([PROMPT])}, "It has no tokens"),
-        ({"output_ids": torch.tensor([[1, *PROMPT]])}, "changed the prompt"),
-    ],
-)
-def test_what_a_callback_cannot_return_is_named(pipe, returned, message):
-    with pytest.raises(DFlashError, match=message):
-        changing(pipe, 1, lambda tensors: returned)
-    assert ids_of(pipe) == baseline(pipe, max_new_tokens=24)  # a broken run leaves nothing behind
-
-
-def test_draft_logits_cost_nothing_unless_asked_for(pipe, monkeypatch):
-    from dflash_core import step_callback
-
-    monkeypatch.setattr(step_callback.WatchedDrafter, "__init__", lambda *_: pytest.fail("nobody asked"))
-    assert ids_of(pipe, callback_on_step_end=lambda *_: None) == baseline(pipe, max_new_tokens=24)
+    assert output.sequences[0].tolist() == [0] * 6 + [7] and output.events[0][-1].reason == "stop"
 
 
 # Inputs and outputs.
@@ -215,7 +75,9 @@ def test_draft_logits_cost_nothing_unless_asked_for(pipe, monkeypatch):
 
 def test_prompt_messages_and_ids_meet_at_the_same_reply(pipe):
     text = "the story of an island"
-    ids = pipe.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+    ids = pipe.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
     expected = baseline(pipe, ids, max_new_tokens=10, stop_token_ids=None)
     ways = {
         "prompt": text,
@@ -242,12 +104,17 @@ def test_the_template_is_optional_and_takes_arguments(pipe):
     text = "once"
     plain = pipe(prompt=text, use_chat_template=False, max_new_tokens=6, stop_token_ids=[])
     assert plain.sequences[0].tolist() == baseline(pipe, pipe.tokenizer(text).input_ids, max_new_tokens=6)
-    ids = pipe.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=False, return_dict=False)
+    ids = pipe.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=False, return_dict=False
+    )
     closed = pipe(prompt=text, add_generation_prompt=False, max_new_tokens=6, stop_token_ids=[])
     assert closed.sequences[0].tolist() == baseline(pipe, ids, max_new_tokens=6)
     template = "{{ opening }}{{ messages[0]['content'] }}"
     words = pipe(
-        prompt=text, chat_template_kwargs={"chat_template": template, "opening": "so "}, max_new_tokens=6, stop_token_ids=[]
+        prompt=text,
+        chat_template_kwargs={"chat_template": template, "opening": "so "},
+        max_new_tokens=6,
+        stop_token_ids=[],
     )
     assert words.sequences[0].tolist() == baseline(pipe, pipe.tokenizer("so once").input_ids, max_new_tokens=6)
 
@@ -275,7 +142,10 @@ def test_output_types_and_the_tuple(pipe):
         ({"prompt": "a", "mask_token_id": VOCAB_SIZE}, "mask token"),
         ({"prompt": "a", "block_size": 99}, "block size"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["latents"]}, "'latents'"),
-        ({"messages": [{"role": "user"}], "chat_template_kwargs": {"chat_template": "{{ raise_exception('no') }}"}}, "says: no"),
+        (
+            {"messages": [{"role": "user"}], "chat_template_kwargs": {"chat_template": "{{ raise_exception('no') }}"}},
+            "says: no",
+        ),
     ],
 )
 def test_bad_input_is_named(pipe, options, message):
@@ -315,7 +185,9 @@ def test_parts_that_do_not_fit_are_refused(pipe):
 
 def test_the_schedulers_settings_reach_the_loop(pipe):
     for config in ({"seed": 4, "top_k": 3}, {"seed": 4, "acceptance": "rejection", "top_p": 0.8}):
-        sampled = DFlashPipeline(pipe.draft_model, pipe.target_model, pipe.tokenizer, DFlashTokenDiffusionScheduler(**config))
+        sampled = DFlashPipeline(
+            pipe.draft_model, pipe.target_model, pipe.tokenizer, DFlashTokenDiffusionScheduler(**config)
+        )
         params = SamplingParams(temperature=1.0, max_new_tokens=24, stop_token_ids=(), **config)
         assert ids_of(sampled, temperature=1.0) == reply_of(decode(pipe.pair, PROMPT, params))
 
@@ -344,8 +216,13 @@ def test_a_saved_pipeline_loads_and_says_the_same(pipe, tmp_path):
     loaded = DFlashPipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
     assert loaded.scheduler.config == scheduler.config
     for options in ({"temperature": 0.0}, {"temperature": 1.0}):
-        assert loaded("the end", max_new_tokens=12, **options).texts == saved("the end", max_new_tokens=12, **options).texts
-    parts = DFlashPipeline.from_pretrained(target=tmp_path / "target_model", draft=tmp_path / "draft_model", dtype="float32")
+        assert (
+            loaded("the end", max_new_tokens=12, **options).texts
+            == saved("the end", max_new_tokens=12, **options).texts
+        )
+    parts = DFlashPipeline.from_pretrained(
+        target=tmp_path / "target_model", draft=tmp_path / "draft_model", dtype="float32"
+    )
     assert ids_of(parts) == ids_of(pipe) and parts.scheduler.config == DFlashTokenDiffusionScheduler().config
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(DFlashError, match="saved pipeline cannot be read"):

@@ -91,7 +91,14 @@ def test_rejection_accepts_a_draft_drawn_from_the_target_itself_and_never_an_imp
 
 @pytest.mark.parametrize(
     "reply, stops, expected",
-    [([2], [2], True), ([5, 2], [2], True), ([5, 6], [2], False), ([], [2], False), ([2], [], False), ([2], None, False)],
+    [
+        ([2], [2], True),
+        ([5, 2], [2], True),
+        ([5, 6], [2], False),
+        ([], [2], False),
+        ([2], [], False),
+        ([2], None, False),
+    ],
 )
 def test_stop_is_looked_for_in_the_reply_only(reply, stops, expected):
     ids = torch.tensor([[2, 9, *reply]])
