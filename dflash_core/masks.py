@@ -30,10 +30,11 @@ def may_attend(
     """The one rule, on ints or on tensors that broadcast.
 
     A key of block -1 is a context token. `key_index` and `query_anchor` are indices into the packed row, positions are
-    within a document, a document id below 0 is padding. `window` w allows |query - key| < w.
+    within a document. A block that is padding has anchor -1, so it sees itself alone: a query that sees nothing has no
+    softmax. `window` w allows |query - key| < w.
     """
     in_context = (key_block < 0) & (key_index < query_anchor) & (key_document == query_document)
-    allowed = (in_context | (key_block == query_block)) & (query_document >= 0)
+    allowed = in_context | (key_block == query_block)
     if window is not None:
         allowed = allowed & (abs(query_position - key_position) < window)
     return allowed
@@ -72,17 +73,17 @@ class TrainingLayout:
     def slots(self) -> int:
         return self.anchor.shape[1] * self.block_size
 
-    @functools.cached_property
+    @property
     def slot_anchor(self) -> Tensor:
         """[R, Q] anchor of each slot's block."""
         return self.anchor.repeat_interleave(self.block_size, dim=1)
 
-    @functools.cached_property
+    @property
     def slot_document(self) -> Tensor:
         """[R, Q] document of each slot, below 0 for padding blocks."""
         return self._of_anchor(self.document, -1)
 
-    @functools.cached_property
+    @property
     def slot_position(self) -> Tensor:
         """[R, Q] anchor's position plus the slot's number: positions span context and blocks."""
         offset = torch.arange(self.block_size, device=self.anchor.device).repeat(self.anchor.shape[1])
@@ -139,14 +140,17 @@ class TrainingLayout:
 
 
 def packed_causal(document: Tensor, position: Tensor, use_flex: bool) -> Any:
-    """The target's own mask over packed rows [R, S]: causal within a document; bool [R, 1, S, S] or a BlockMask."""
+    """The target's own mask over packed rows [R, S]: causal within a document; bool [R, 1, S, S] or a BlockMask.
+
+    Padding counts as one document, so that no query sees nothing.
+    """
     index = torch.arange(document.shape[1], device=document.device)
     if not use_flex:
         ahead = index[None, :, None] >= index[None, None]
-        return (ahead & (document[:, :, None] == document[:, None]) & (document[:, :, None] >= 0))[:, None]
+        return (ahead & (document[:, :, None] == document[:, None]))[:, None]
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (document[b, q] == document[b, k]) & (document[b, q] >= 0)
+        return (q >= k) & (document[b, q] == document[b, k])
 
     tiles = _interval_tiles(index - position, index[None] + 1, document.shape[1])
     return _block_mask(tiles, mask_mod, document.shape[1], document.shape[1])

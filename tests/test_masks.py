@@ -23,7 +23,7 @@ def oracle(layout: TrainingLayout, row: int, window: int | None) -> torch.Tensor
     blocks, size, context = layout.anchor[row].tolist(), layout.block_size, len(document)
     allowed = torch.zeros(len(blocks) * size, context + len(blocks) * size, dtype=torch.bool)
     for number, anchor in enumerate(blocks):
-        for slot in range(size if anchor >= 0 else 0):
+        for slot in range(size):
             query, at = number * size + slot, position[anchor] + slot
             for key in range(anchor):
                 if document[key] == document[anchor] and (window is None or at - position[key] < window):
@@ -76,7 +76,7 @@ def test_packed_documents_of_the_target_never_meet():
     expected = torch.zeros(length, length, dtype=torch.bool)
     for q in range(length):
         for k in range(q + 1):
-            expected[q, k] = document[0, q] == document[0, k] and document[0, q] >= 0
+            expected[q, k] = document[0, q] == document[0, k]
     assert torch.equal(dense[0, 0], expected)
     acting = evaluate(packed_causal(document, position, use_flex=True), 1, length, length)
     assert torch.equal(acting[0], expected)

@@ -29,7 +29,7 @@ class Pack:
     epoch, number  its place in the run
     documents      ids of its sequences in the data
     document       number of each token's document within the row, -1 for padding
-    offset         each token's place in all the data's tokens, 0 for padding
+    offset         each token's place in all the data's tokens, one past the last for padding
     eligible       indices that may be anchors: reply tokens with at least one token after them
     """
 
@@ -72,7 +72,7 @@ class PackedData:
 
     def pack(self, ids: Sequence[int], epoch: int = 0, number: int = 0) -> Pack:
         tokens, document, position, offset = (np.zeros(self.context_tokens, np.int64) for _ in range(4))
-        document[:] = -1
+        document[:], offset[:] = -1, self.starts[-1]
         eligible, at = [], 0
         for local, index in enumerate(ids):
             sequence, prompt = self.shards[int(index)]

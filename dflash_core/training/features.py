@@ -10,12 +10,13 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflash_core.errors import TrainingError
 from dflash_core.masks import packed_causal
@@ -23,8 +24,7 @@ from dflash_core.target import Target
 from dflash_core.training.data import PackedData
 
 HEAD_CHUNK = 4096
-UNKNOWN = -1
-PLACES = ("online", "gpu", "cpu", "disk")
+
 
 
 class TargetReader:
@@ -40,6 +40,9 @@ class TargetReader:
             )
         self.target, self.taps, self._use_flex = target, taps, use_flex
         self._base = getattr(target.model, target.model.base_model_prefix)
+        self._taken: dict[int, Tensor] | None = None
+        # Hooks of our own: the model's way to return hidden states keeps global state that compiled calls upset.
+        self._hooks = [self._base.layers[tap].register_forward_hook(self._note(tap)) for tap in sorted(set(taps))]
         self._forward = torch.compile(self._run, dynamic=False) if compile else self._run
         self._choose = torch.compile(self._argmax, dynamic=False) if compile else self._argmax
 
@@ -64,15 +67,23 @@ class TargetReader:
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
     def _run(self, tokens: Tensor, position: Tensor, mask: object) -> tuple[Tensor, Tensor]:
-        output = self._base(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=position,
-            use_cache=False,
-            output_hidden_states=[tap + 1 for tap in self.taps],
-        )
-        taps = [output.hidden_states[tap + 1] for tap in self.taps]
-        return torch.cat(taps, dim=-1), output.last_hidden_state
+        self._taken = {}
+        output = self._base(input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False)
+        features = torch.cat([self._taken[tap] for tap in self.taps], dim=-1)
+        self._taken = None
+        return features, output.last_hidden_state
+
+    def _note(self, tap: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: Any) -> None:
+            if self._taken is not None:
+                self._taken[tap] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def close(self) -> None:
+        """Leave the target as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _argmax(self, hidden: Tensor) -> Tensor:
         return self.target.head(hidden).argmax(-1)
@@ -83,17 +94,16 @@ class ChoiceTable:
 
     def __init__(self, reader: TargetReader, data: PackedData, device: torch.device) -> None:
         self._reader = reader
-        self._table = torch.zeros(int(data.starts[-1]), dtype=torch.int32, device=device)
+        # One more place than tokens, where padding reads and writes.
+        self._table = torch.zeros(int(data.starts[-1]) + 1, dtype=torch.int32, device=device)
         self._known = np.zeros(len(data.shards), bool)
 
     def known(self, documents: Sequence[int]) -> bool:
         return bool(self._known[list(documents)].all())
 
-    def learn(self, documents: Sequence[int], offset: Tensor, real: Tensor, hidden: Tensor) -> None:
-        """Note the choices of a pack: offsets [S] in the data, which are no padding [S], final hidden states [S, H]."""
-        choices = self._reader.choices(hidden).to(torch.int32)
-        # Padding has offset 0: it writes back what is there.
-        self._table[offset] = torch.where(real, choices, self._table[offset])
+    def learn(self, documents: Sequence[int], offset: Tensor, hidden: Tensor) -> None:
+        """Note the choices of a pack: offsets [S] in the data, final hidden states [S, H]."""
+        self._table[offset] = self._reader.choices(hidden).to(torch.int32)
         self._known[list(documents)] = True
 
     def look_up(self, offset: Tensor) -> Tensor:
@@ -106,7 +116,7 @@ class FeatureStore:
     def __init__(self, place: str, data: PackedData, width: int, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
         self.place, self._device = place, device
         self._known = np.zeros(len(data.shards), bool)
-        tokens = int(data.starts[-1])
+        tokens = int(data.starts[-1]) + 1
         needed = tokens * width * dtype.itemsize
         self._path = folder / "features.bin"
         _check_room(place, needed, device, folder, self._path)
@@ -120,9 +130,8 @@ class FeatureStore:
     def known(self, documents: Sequence[int]) -> bool:
         return bool(self._known[list(documents)].all())
 
-    def learn(self, documents: Sequence[int], offset: Tensor, real: Tensor, features: Tensor) -> None:
-        places = offset[real].to(self._store.device)
-        self._store[places] = features[real].to(self._store.device, self._store.dtype)
+    def learn(self, documents: Sequence[int], offset: Tensor, features: Tensor) -> None:
+        self._store[offset.to(self._store.device)] = features.to(self._store.device, self._store.dtype)
         self._known[list(documents)] = True
 
     def look_up(self, offset: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a run leaves behind for people: metric lines, a plot and a model card; knows no tensors."""
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,8 +40,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def plot(output: Path) -> Path:
-    """Loss and acceptance length over steps as one self-contained HTML page."""
+def plot(output: Path) -> Path | None:
+    """Loss and acceptance length over steps as one self-contained HTML page; None where plotly is not installed."""
+    if importlib.util.find_spec("plotly") is None:
+        return None
     from plotly import graph_objects
     from plotly.subplots import make_subplots
 

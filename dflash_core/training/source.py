@@ -31,11 +31,10 @@ class InputSource:
         top = None
         if self._top or lacks_choices or self._store is None or not self._store.known(documents):
             features, hidden = self.reader.read(batch.tokens, layout.document, layout.position)
-            real = layout.document[0] >= 0
             if lacks_choices:
-                self._choices.learn(documents, offset, real, hidden[0])
+                self._choices.learn(documents, offset, hidden[0])
             if self._store is not None and not self._store.known(documents):
-                self._store.learn(documents, offset, real, features[0])
+                self._store.learn(documents, offset, features[0])
             if self._top:
                 top = self.reader.top(hidden[0], self._top)
         else:

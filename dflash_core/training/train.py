@@ -25,6 +25,7 @@ from dflash_core.config import DraftConfig  # noqa: E402
 from dflash_core.draft_files import load_draft, read_draft_config  # noqa: E402
 from dflash_core.errors import DFlashError, TrainingError  # noqa: E402
 from dflash_core.loading import KNOWN_PAIRS, Pair, load_pair  # noqa: E402
+from dflash_core.masks import TILE  # noqa: E402
 from dflash_core.model import DFlashDraftModel  # noqa: E402
 from dflash_core.training import heldout, state  # noqa: E402
 from dflash_core.training.data import DrawSettings, PackedData  # noqa: E402
@@ -69,6 +70,11 @@ def decide_machine(settings: TrainSettings) -> Machine:
         mixed_precision=precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.device == "cpu"
     )
     use_flex = on_gpu if settings.attention == "auto" else settings.attention == "flex"
+    if use_flex and not on_gpu:
+        raise TrainingError("Flex attention cannot train here.", "It has no backward pass on a CPU.", "Use --attention sdpa.")
+    if use_flex and settings.context_tokens % TILE:
+        found = f"--context-tokens is {settings.context_tokens}."
+        raise TrainingError("The packed row does not fit the mask's tiles.", found, f"Use a multiple of {TILE}.")
     compiled = on_gpu if settings.compile is None else settings.compile
     if on_gpu:
         torch.set_float32_matmul_precision("high")
@@ -155,6 +161,7 @@ def make_draft(
     part = slice(0, min(MEASURED_TOKENS, data.context_tokens))
     arrays = [torch.from_numpy(a[part]).to(device)[None] for a in (pack.tokens, pack.document, pack.position)]
     measured = measure(reader, *arrays, layers=config.num_hidden_layers)
+    reader.close()
     if settings.init_from:
         with torch.no_grad():
             # Training scales the taps before fc; a public checkpoint has that folded in.
