@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = run(options)
         print(*table(report), sep="\n")
         if options.json:
-            _write(report, Path(options.json))
+            write_report(report, Path(options.json))
         return 0
     except DFlashError as error:
         print(error, file=sys.stderr)
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompts = spread(read_prompts(options.prompts), options.limit)
     pair = load_from(options)
     ids = [chat_ids(pair.tokenizer, prompt.messages, **pair.chat_template_kwargs) for prompt in prompts]
-    _check_lengths(pair, ids)
+    check_lengths(pair, ids)
     kinds = options.methods or [m for m in METHODS if pair.draft is not None or "dflash" not in m]
     methods = make_methods(pair, kinds, params, options.block_size)
     # The warm-up meets every method's errors before an hour was spent on the others.
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "version": VERSION,
         "pair": pair.name,
         "device": str(pair.target.device),
-        "device_name": _device_name(pair),
+        "device_name": device_name(pair),
         "dtype": str(pair.target.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "prompts": len(ids),
@@ -180,7 +180,7 @@ def _differences(
         yield found
 
 
-def _check_lengths(pair: Pair, prompts: Sequence[Sequence[int]]) -> None:
+def check_lengths(pair: Pair, prompts: Sequence[Sequence[int]]) -> None:
     for number, ids in enumerate(prompts, start=1):
         if len(ids) >= pair.context_length:
             raise PromptError(
@@ -190,7 +190,7 @@ def _check_lengths(pair: Pair, prompts: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _device_name(pair: Pair) -> str:
+def device_name(pair: Pair) -> str:
     if pair.target.device.type == "cuda":
         return torch.cuda.get_device_name(pair.target.device)
     return platform.processor() or platform.machine()
@@ -208,7 +208,7 @@ def _peak_bytes(pair: Pair, runs: Mapping[str, list[list[Run]]]) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _write(report: Mapping[str, Any], path: Path) -> None:
+def write_report(report: Mapping[str, Any], path: Path) -> None:
     try:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

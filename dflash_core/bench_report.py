@@ -149,7 +149,7 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{report['prompts']} prompts x {report['repeats']} repeats, at most {report['max_new_tokens']} new tokens"
     yield "tokens/s: median (lowest-highest) of the repeats"
     yield ""
-    yield from _grid([_HEAD, *([name, *_cells(entry)] for name, entry in methods.items())])
+    yield from grid([_HEAD, *([name, *_cells(entry)] for name, entry in methods.items())])
     yield from _categories(methods)
     yield from _details(methods)
     if report["peak_memory_bytes"]:
@@ -166,10 +166,10 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
         f"{entry['tokens_per_second']:.1f} ({low:.1f}-{high:.1f})",
         f"{entry['ms_per_token']:.1f}",
         f"{entry['first_token_seconds'] * 1000:.0f}",
-        _shown(entry.get("tau"), ".2f"),
-        _shown(entry.get("accepted_per_drafted"), ".1%"),
-        _shown(entry["speedup_vs_ar"], ".2f", "x"),
-        _shown(entry["speedup_vs_hf_generate"], ".2f", "x"),
+        shown(entry.get("tau"), ".2f"),
+        shown(entry.get("accepted_per_drafted"), ".1%"),
+        shown(entry["speedup_vs_ar"], ".2f", "x"),
+        shown(entry["speedup_vs_hf_generate"], ".2f", "x"),
         "-" if compared is None else f"{entry['identical']}/{compared}",
     ]
 
@@ -183,12 +183,12 @@ def _categories(methods: Mapping[str, Any]) -> Iterator[str]:
     for name in names:
         entries = [entry["by_category"][name] for entry in methods.values()]
         rows.append([name, *(f"{e['tokens_per_second']:.1f}{_note(e)}" for e in entries)])
-    yield from _grid(rows)
+    yield from grid(rows)
 
 
 def _note(entry: Mapping[str, Any]) -> str:
     """Speedup and τ behind a category's tokens/s."""
-    parts = [_shown(entry["speedup_vs_ar"], ".2f", "x")] if entry["speedup_vs_ar"] is not None else []
+    parts = [shown(entry["speedup_vs_ar"], ".2f", "x")] if entry["speedup_vs_ar"] is not None else []
     parts += [f"τ {entry['tau']:.2f}"] if entry.get("tau") is not None else []
     return f" ({', '.join(parts)})" if parts else ""
 
@@ -207,11 +207,11 @@ def _details(methods: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _shown(value: float | None, form: str, unit: str = "") -> str:
+def shown(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def grid(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Left-aligned first column, right-aligned numbers."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
