@@ -1,7 +1,7 @@
 """A tiny world in which a draft can be trained in seconds: chats that count through letters; proves nothing itself.
 
-The prompt "C3" is answered C F I L O …, sixteen letters in a circle. The next letter needs the step, which only the prompt
-tells, so a draft that is blind to its context, sees another document or is a slot off cannot guess.
+The prompt "C3" is answered C F I L O …, sixteen letters in a circle. The next letter needs the step, which only the
+prompt tells, so a draft that is blind to its context, sees another document or is a slot off cannot guess.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dflash_core.prompts import chat_ids
 from tests.tiny import tiny_llama, tiny_tokenizer, write_target
 
 LETTERS = "ABCDEFGHIJKLMNOP"
@@ -36,7 +37,7 @@ def letter_ids() -> tuple[int, ...]:
 
 
 def prompt_ids(start: int, step: int) -> list[int]:
-    return list(tiny_tokenizer().apply_chat_template(messages(start, step), add_generation_prompt=True, return_dict=False))
+    return chat_ids(tiny_tokenizer(), messages(start, step))
 
 
 def reply_ids(start: int, step: int, tokens: int = REPLY_TOKENS) -> list[int]:
@@ -112,8 +113,8 @@ def world() -> Path:
 def options(output: Path, **changes: Any) -> list[str]:
     """The command line of a short training run in the world; `changes` by the options' own names, None drops one."""
     values = {
-        "target": world() / "target", "data": world() / "data.npz", "output": output, "device": "cpu", "dtype": "float32",
-        "layers": 2, "features": 2, "block_size": 6, "context_tokens": 256, "anchors": 128, "held_out": 8,
+        "target": world() / "target", "data": world() / "data.npz", "output": output,
+        "device": "cpu", "dtype": "float32", "layers": 2, "features": 2, "block_size": 6, "context_tokens": 256, "anchors": 128, "held_out": 8,
         "held_out_tokens": REPLY_TOKENS, "max_steps": 150, "evaluate_every": 50, "save_every": 50, "log_every": 10,
     } | changes  # fmt: skip
     line = []

@@ -107,7 +107,7 @@ def test_an_interrupt_keeps_the_complete_settings(pair, monkeypatch):
 
 @pytest.mark.parametrize("block_size", [2, 4, 6])
 def test_the_loop_and_teacher_forcing_count_the_same_passes(pair, block_size):
-    """Every pass but a reply's last is the same, which the length limit shortens in the loop; replies of all lengths."""
+    """Every pass but a reply's last, which the length limit shortens in the loop; replies of all lengths."""
     chosen = list(cases())[::5]
     prompts = [prompt_ids(*case) for case in chosen]
     lengths = [1 + 7 * number for number in range(len(chosen))]
@@ -142,7 +142,7 @@ def test_teacher_forcing_that_is_wrong_is_told(pair):
 def test_disagreement_is_written_under_the_table():
     result = measured([Reply()]) | {"temperature": 0.0, "block_size": 4, "by_category": {}, "tau": 2.0}
     walked = Score({"a": Tally(30, 10)}, Tally(30, 10), Tally(), (0.5,), (0.5,))
-    report = {"pair": "p", "device": "cpu", "dtype": "float32", "prompts": 1, "max_new_tokens": 9, "acceptance": "match"}
+    report = {"pair": "p", "device": "cpu", "dtype": "float32", "prompts": 1, "max_new_tokens": 9}
     lines = list(evaluate.table(report | {"results": [with_teacher_forcing(result, walked)]}))
     assert "+50.00 %" in "".join(lines) and "one of them is wrong" in lines[-1]
 

@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", required=True, nargs="+", metavar="FILE", help="JSONL: 'messages' and perhaps 'category' per line")
     add("--limit", type=int, metavar="N", help="so many prompts, taken in turn from each category")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
-    add("--temperature", type=float, nargs="+", default=[0.0], metavar="T", help="one or several; 0 is greedy (default)")
+    add("--temperature", type=float, nargs="+", default=[0.0], metavar="T", help="one or several; default: 0, greedy")
     add("--block-size", type=int, nargs="+", default=[], metavar="K", help="one or several (default: the draft's)")
     add("--acceptance", choices=("match", "rejection"), default="match", help="the rule above temperature 0")
     add("--seed", type=int, default=0, help="for temperatures above 0; the n-th prompt adds n (default: %(default)s)")

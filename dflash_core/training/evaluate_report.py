@@ -88,7 +88,8 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 _HEAD = [
-    "category", "prompts", "passes", "τ", "±", "first 64", "after", "accepted/drafted", "teacher forced", "differs", "tokens/s",
+    "category", "prompts", "passes", "τ", "±", "first 64", "after", "accepted/drafted", "teacher forced", "differs",
+    "tokens/s",
 ]  # fmt: skip
 
 
@@ -111,7 +112,8 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
 def _details(result: Mapping[str, Any]) -> Iterator[str]:
     if result["accepted_by_position"]:
         yield "accepted by position   " + " ".join(f"{rate:4.0%}" for rate in result["accepted_by_position"])
-        yield "given all before it    " + " ".join(f"{shown(rate, '.0%'):>4}" for rate in result["accepted_given_earlier"])
+        given = (shown(rate, ".0%") for rate in result["accepted_given_earlier"])
+        yield "given all before it    " + " ".join(f"{rate:>4}" for rate in given)
     if "not_teacher_forced" in result:
         yield f"Not teacher forced: {result['not_teacher_forced']}"
     elif not result.get("teacher_forced", {"agrees": True})["agrees"]:
