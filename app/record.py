@@ -1,0 +1,64 @@
+"""Records the traces that ship with the app, `python -m app.record`: one prompt, drafted and plain; shows nothing.
+
+The tour, the Traces tab and the tests read them. Run it again whenever the default draft model changes.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from app.learn import RECORDINGS
+from app.settings import Settings
+from app.trace import Recorder, Trace, new_header, parse, save
+from app.turn import prompt_ids
+from dflash_core import DFlashError, Pair, decode, load_pair
+
+PROMPT = "Explain what a black hole is to a ten-year-old."
+WARM_UP_TOKENS = 16
+
+
+def record(pair: Pair, prompt: str, settings: Settings, title: str = "", decode: Callable[..., Any] = decode) -> Trace:
+    """One warmed-up run of the pair, as a checked trace."""
+    messages = [{"role": "user", "content": prompt}]
+    ids, drafting = prompt_ids(pair, messages), settings.drafting
+    for _ in decode(pair, ids, settings.capped(WARM_UP_TOKENS).params(), drafting=drafting):
+        pass
+    header = new_header(
+        pair=pair.name, device=pair.device, dtype=pair.dtype, settings=settings.to_dict(), messages=messages,
+        drafting=drafting, title=title,
+    )  # fmt: skip
+    recorder = Recorder(header, pair.tokenizer)
+    for event in decode(pair, ids, settings.params(), drafting=drafting):
+        recorder.add(event)
+    return parse(recorder.ndjson)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m app.record", description="Record the traces that ship with the app.")
+    parser.add_argument("--pair", default="smollm2-135m", help="(default: %(default)s)")
+    parser.add_argument("--draft", help="a draft of your own: Hub id or folder")
+    parser.add_argument("--dtype", default="float32", help="float32 makes both replies the same to the last token")
+    parser.add_argument("--prompt", default=PROMPT, help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--block-size", type=int, help="(default: the draft's)")
+    parser.add_argument("--folder", type=Path, default=RECORDINGS["dflash"].parent, help="(default: %(default)s)")
+    chosen = parser.parse_args(argv)
+    try:
+        pair = load_pair(chosen.pair, draft=chosen.draft, dtype=chosen.dtype)
+        for name in RECORDINGS:
+            drafting = name == "dflash"
+            block_size = chosen.block_size if drafting else None
+            settings = Settings(max_new_tokens=chosen.max_new_tokens, drafting=drafting, block_size=block_size)
+            trace = record(pair, chosen.prompt, settings)
+            chosen.folder.mkdir(parents=True, exist_ok=True)
+            print(f"{save(trace, chosen.folder / f'{name}.ndjson')}: {trace.stats.new_tokens} tokens, τ {trace.stats.tau:.2f}")
+    except DFlashError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
