@@ -1,7 +1,7 @@
 """Who may attend to whom in the draft model: one predicate, dense and flex forms derived; knows no weights.
 
 Training lays all blocks of a packed row of documents end to end and fills them in one forward. Keys are the S context
-tokens followed by the N * B block slots; queries are the block slots. With anchors at 2 and 5, block size 3, one document:
+tokens followed by the N * B block slots; queries are the slots. With anchors at 2 and 5, block size 3, one document:
 
                 context 0 1 2 3 4 5 6   block 0   block 1
     block 0 (anchor 2)  # # . . . . .    # # #     . . .
@@ -43,7 +43,10 @@ def may_attend(
 def inference_mask(
     query_positions: Tensor, context_positions: Tensor, window: int | None, visible: Tensor | None = None
 ) -> Tensor:
-    """Dense mask [B, 1, Q, S + Q] of one block behind its context; `visible` [B, S] hides unused rows of a fixed buffer."""
+    """Dense mask [B, 1, Q, S + Q] of one block behind its context.
+
+    `visible` [B, S] hides unused rows of a fixed buffer.
+    """
     slots = torch.zeros_like(query_positions)
     unused = torch.zeros_like(context_positions) if visible is None else (~visible).to(slots)
     key_block = torch.cat((torch.full_like(context_positions, -1), slots), dim=1)[:, None]

@@ -114,8 +114,9 @@ def options(output: Path, **changes: Any) -> list[str]:
     """The command line of a short training run in the world; `changes` by the options' own names, None drops one."""
     values = {
         "target": world() / "target", "data": world() / "data.npz", "output": output,
-        "device": "cpu", "dtype": "float32", "layers": 2, "features": 2, "block_size": 6, "context_tokens": 256, "anchors": 128, "held_out": 8,
-        "held_out_tokens": REPLY_TOKENS, "max_steps": 150, "evaluate_every": 50, "save_every": 50, "log_every": 10,
+        "device": "cpu", "dtype": "float32", "layers": 2, "features": 2, "block_size": 6, "context_tokens": 256,
+        "anchors": 128, "held_out": 8, "held_out_tokens": REPLY_TOKENS, "max_steps": 150,
+        "evaluate_every": 50, "save_every": 50, "log_every": 10,
     } | changes  # fmt: skip
     line = []
     for name, value in values.items():

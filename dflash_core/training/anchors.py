@@ -1,8 +1,8 @@
 """Where blocks start: random anchors in the replies of a packed row; knows no tokens and no model.
 
-A run of L eligible tokens holds any anchors that fit. Independent anchors are a plain draw without replacement and their
-blocks may overlap. Non-overlapping anchors are at least one block apart: draw n of L - (n-1)(B-1) places, then put B-1
-tokens back after each (stars and bars), which makes every such arrangement equally likely.
+A run of L eligible tokens holds any anchors that fit. Independent anchors are a plain draw without replacement and
+their blocks may overlap. Non-overlapping anchors are at least one block apart: draw n of L - (n-1)(B-1) places, then
+put B-1 tokens back after each (stars and bars), which makes every such arrangement equally likely.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """From token shards to packed rows in a reproducible order; knows no model and no loss.
 
-Everything random comes from (seed, epoch, number of the pack), so a resumed run sees what the killed one would have seen.
+Everything random comes from (seed, epoch, number of the pack): a resumed run sees what the killed one would have seen.
 """
 
 import queue
@@ -180,7 +180,9 @@ class BatchStream:
             while not self._closed.is_set():
                 rows = self._data.order(self._draw.seed, epoch)
                 # Every process takes the same number of rows: a collective step must not miss one.
-                for place in range(number * self._world, len(rows) // self._world * self._world or len(rows), self._world):
+                for place in range(
+                    number * self._world, len(rows) // self._world * self._world or len(rows), self._world
+                ):
                     mine = rows[(place + self._rank) % len(rows)]
                     self._put((pack := self._data.pack(mine, epoch, place // self._world), self._arrays(pack)))
                     if self._closed.is_set():
@@ -193,7 +195,13 @@ class BatchStream:
         draw = self._draw
         rng = np.random.default_rng((draw.seed, 1 + pack.epoch, pack.number, self._rank))
         anchors = draw_anchors(
-            pack.eligible, pack.document[pack.eligible], draw.anchors, draw.block_size, rng, draw.overlap, draw.per_sequence
+            pack.eligible,
+            pack.document[pack.eligible],
+            draw.anchors,
+            draw.block_size,
+            rng,
+            draw.overlap,
+            draw.per_sequence,
         )
         arrays = [pack.tokens, pack.offset, pack.document, pack.position, anchors]
         if draw.rare is not None:

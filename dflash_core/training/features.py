@@ -1,14 +1,15 @@
-"""What the frozen target thinks of a packed row: tapped hidden states and its own choices, live or cached; knows no draft.
+"""What the frozen target thinks of a packed row: tapped hidden states and its choices, live or cached; knows no draft.
 
-| --features | where | when |
+| --feature-cache | where | when |
 |---|---|---|
 | online | nowhere: one target forward per step | any amount of data; about a quarter of a step for a small target |
-| gpu | device memory, bfloat16, once per sequence | the data fits (taps x hidden x 2 bytes a token) |
-| cpu | main memory, pinned | as above, host transfer per step |
-| disk | one memory-mapped file in the output folder | as above, survives restarts |
+| gpu | device memory, in the target's dtype | the data fits (taps x hidden x 2 bytes a token in bfloat16) |
+| cpu | main memory | as above, one transfer per step |
+| disk | memory-mapped files in the output folder | as above, survives restarts |
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +23,10 @@ from dflash_core.errors import TrainingError
 from dflash_core.masks import packed_causal
 from dflash_core.target import Target
 from dflash_core.training.data import PackedData
+from dflash_core.training.report import shown_bytes
 
 HEAD_CHUNK = 4096
-
+FEATURES = "features.bin"
 
 
 class TargetReader:
@@ -89,70 +91,89 @@ class TargetReader:
         return self.target.head(hidden).argmax(-1)
 
 
-class ChoiceTable:
-    """The target's choice after every token of the data, worked out once, when a sequence is first seen."""
+class _Kept:
+    """Values [tokens + 1, ...] of all the data, filled pack by pack, and which sequences are in.
 
-    def __init__(self, reader: TargetReader, data: PackedData, device: torch.device) -> None:
-        self._reader = reader
-        # One more place than tokens, where padding reads and writes.
-        self._table = torch.zeros(int(data.starts[-1]) + 1, dtype=torch.int32, device=device)
-        self._known = np.zeros(len(data.shards), bool)
+    The last place is where padding reads and writes. With a `path` the values are a memory-mapped file.
+    """
 
-    def known(self, documents: Sequence[int]) -> bool:
-        return bool(self._known[list(documents)].all())
-
-    def learn(self, documents: Sequence[int], offset: Tensor, hidden: Tensor) -> None:
-        """Note the choices of a pack: offsets [S] in the data, final hidden states [S, H]."""
-        self._table[offset] = self._reader.choices(hidden).to(torch.int32)
-        self._known[list(documents)] = True
-
-    def look_up(self, offset: Tensor) -> Tensor:
-        return self._table[offset].long()
-
-
-class FeatureStore:
-    """Features of all the data in one place, filled sequence by sequence; bfloat16 on GPUs, the target's dtype else."""
-
-    def __init__(self, place: str, data: PackedData, width: int, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
-        self.place, self._device = place, device
-        self._known = np.zeros(len(data.shards), bool)
-        tokens = int(data.starts[-1]) + 1
-        needed = tokens * width * dtype.itemsize
-        self._path = folder / "features.bin"
-        _check_room(place, needed, device, folder, self._path)
-        if place == "disk":
-            self._store = torch.from_file(str(self._path), shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
-            self._read_known({"tokens": tokens, "width": width, "dtype": str(dtype)})
+    def __init__(
+        self, data: PackedData, shape: tuple[int, ...], dtype: torch.dtype, where: torch.device, path: Path | None
+    ) -> None:
+        self._path, self._known = path, np.zeros(len(data.shards), bool)
+        full = (int(data.starts[-1]) + 1, *shape)
+        if path is None:
+            self._values = torch.empty(full, dtype=dtype, device=where)
         else:
-            where = device if place == "gpu" else torch.device("cpu")
-            self._store = torch.empty(tokens, width, dtype=dtype, device=where)
+            self._values = torch.from_file(str(path), shared=True, size=math.prod(full), dtype=dtype).view(full)
+            self._read_known({"shape": list(full), "dtype": str(dtype)})
+        self._values[-1] = 0
 
     def known(self, documents: Sequence[int]) -> bool:
         return bool(self._known[list(documents)].all())
 
-    def learn(self, documents: Sequence[int], offset: Tensor, features: Tensor) -> None:
-        self._store[offset.to(self._store.device)] = features.to(self._store.device, self._store.dtype)
+    def learn(self, documents: Sequence[int], offset: Tensor, values: Tensor) -> None:
+        """Note a pack: values of the tokens at offsets [S] in the data."""
+        self._values[offset.to(self._values.device)] = values.to(self._values.device, self._values.dtype)
         self._known[list(documents)] = True
 
     def look_up(self, offset: Tensor) -> Tensor:
-        return self._store[offset.to(self._store.device)].to(self._device, non_blocking=True)
+        """Values of the tokens at offsets [S], on the offsets' device."""
+        return self._values[offset.to(self._values.device)].to(offset.device, non_blocking=True)
 
     def flush(self) -> None:
         """On disk: note which sequences are there, so that a restart does not read them again."""
-        if self.place == "disk":
-            np.save(self._path.with_suffix(".known.npy"), self._known)
+        if self._path is not None:
+            # Whole or not at all: a kill may come in the middle.
+            fresh = self._path.with_suffix(".fresh.npy")
+            np.save(fresh, self._known)
+            fresh.replace(self._path.with_suffix(".known.npy"))
 
     def _read_known(self, shape: dict[str, object]) -> None:
+        assert self._path is not None
         note, known = self._path.with_suffix(".json"), self._path.with_suffix(".known.npy")
         if note.exists() and known.exists() and json.loads(note.read_text()) == shape:
             self._known = np.load(known, allow_pickle=False)
-        note.write_text(json.dumps(shape))
+        else:
+            known.unlink(missing_ok=True)
+            note.write_text(json.dumps(shape))
 
 
-def _check_room(place: str, needed: int, device: torch.device, folder: Path, path: Path) -> None:
-    """Raises `TrainingError` with the amount needed where it is not free."""
+class ChoiceTable(_Kept):
+    """The target's choice after every token of the data, worked out once, when a sequence is first seen."""
+
+    def __init__(self, reader: TargetReader, data: PackedData, device: torch.device, folder: Path | None) -> None:
+        """`folder` keeps it on disk."""
+        self._reader = reader
+        super().__init__(data, (), torch.int32, device, folder and folder / "choices.bin")
+
+    def learn(self, documents: Sequence[int], offset: Tensor, values: Tensor) -> None:
+        """`values` are final hidden states [S, H]."""
+        super().learn(documents, offset, self._reader.choices(values))
+
+    def look_up(self, offset: Tensor) -> Tensor:
+        return super().look_up(offset).long()
+
+
+class FeatureStore(_Kept):
+    """Features of all the data in one place, in the target's dtype."""
+
+    def __init__(
+        self, place: str, data: PackedData, width: int, dtype: torch.dtype, device: torch.device, folder: Path
+    ) -> None:
+        check_room(place, data, width, dtype, device, folder)
+        path = folder / FEATURES if place == "disk" else None
+        super().__init__(data, (width,), dtype, device if place == "gpu" else torch.device("cpu"), path)
+
+
+def check_room(
+    place: str, data: PackedData, width: int, dtype: torch.dtype, device: torch.device, folder: Path
+) -> None:
+    """Raises `TrainingError` with the amount needed where a cache of features [tokens, width] finds no room."""
+    needed = (int(data.starts[-1]) + 1) * width * dtype.itemsize
     if place == "disk":
-        free, where = shutil.disk_usage(folder).free + (path.stat().st_size if path.exists() else 0), "on the disk"
+        old = folder / FEATURES
+        free, where = shutil.disk_usage(folder).free + (old.stat().st_size if old.exists() else 0), "on the disk"
     elif place == "gpu" and device.type == "cuda":
         free, where = torch.cuda.mem_get_info(device)[0], "on the GPU"
     else:
@@ -160,6 +181,6 @@ def _check_room(place: str, needed: int, device: torch.device, folder: Path, pat
     if needed > free:
         raise TrainingError(
             "The feature cache does not fit.",
-            f"It needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free {where}.",
-            "Use --features online or less data.",
+            f"It needs {shown_bytes(needed)}, {shown_bytes(free)} are free {where}.",
+            "Use --feature-cache online or less data.",
         )

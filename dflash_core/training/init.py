@@ -1,14 +1,14 @@
 """A draft's first weights, taken from the target; knows no training loop.
 
-The draft's last norm is the target's, its layers are the target's last ones and `fc` averages the taps. Two things differ
-between a target layer and a draft layer, and both are folded away so that the first forward already speaks the target's
-language:
+The draft's last norm is the target's, its layers are the target's last ones and `fc` averages the taps. Two things
+differ between a target layer and a draft layer, and both are folded away so that the first forward already speaks the
+target's language:
 
-- The draft's context skips `input_layernorm`, so norm weights move into the projections that read them and every norm that
-  both streams pass starts at one.
-- A draft layer normalises each head's queries and keys. Qwen3 targets do too and hand over their weights; for others the
-  norms start at the root mean square that the target's own queries and keys have on the data, which keeps the attention
-  as sharp as it was.
+- The draft's context skips `input_layernorm`, so norm weights move into the projections that read them and every norm
+  that both streams pass starts at one.
+- A draft layer normalises each head's queries and keys. Qwen3 targets do too and hand over their weights; for others
+  the norms start at the root mean square that the target's own queries and keys have on the data, which keeps the
+  attention as sharp as it was.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,9 @@ def draft_config(
     ids = tuple(taps) if taps else default_target_layer_ids(target.num_layers, features)
     if not all(0 <= tap < target.num_layers for tap in ids):
         raise TrainingError(
-            "The taps do not fit the target.", f"Layers {list(ids)} of {target.num_layers}.", "Use ids from 0 to layers - 1."
+            "The taps do not fit the target.",
+            f"Layers {list(ids)} of {target.num_layers}.",
+            "Use ids from 0 to layers - 1.",
         )
     if not 0 <= mask_token_id < target.vocab_size:
         raise TrainingError(
@@ -84,7 +86,8 @@ def initialise(draft: DFlashDraftModel, target: Target, measured: "Measured", fr
         _copy_layer(mine, theirs, scale, draft.config)
         for mine, theirs, scale in zip(draft.layers, base.layers[-len(draft.layers) :], measured.head_rms, strict=True)
     ]
-    return f"Layers start from the target's last {len(copied)}: {', '.join(sorted(set().union(*copied))) or 'nothing fitted'}."
+    names = ", ".join(sorted(set().union(*copied)))
+    return f"Layers start from the target's last {len(copied)}: {names or 'nothing fitted'}."
 
 
 def _copy_layer(mine: Any, theirs: Any, scale: tuple[float, float], config: DraftConfig) -> set[str]:
@@ -133,7 +136,7 @@ class Measured:
 
     @property
     def tap_scale(self) -> tuple[float, ...]:
-        """The power of two nearest to 1/RMS for each tap: exact in every float format, so folding it into fc is free."""
+        """The power of two nearest to 1/RMS of each tap: exact in every float format, so folding it into fc is free."""
         return tuple(2.0 ** -round(torch.tensor(rms).log2().item()) for rms in self.tap_rms)
 
 

@@ -5,11 +5,11 @@ A block of size B has k = B - 1 drafted slots; slot j predicts the token at anch
 | option | what it does | effect on the default pair |
 |---|---|---|
 | decay | weight exp(-(j-1)/gamma) (DFlash Eq. 4) | early slots decide most; gamma 2.4 at block 8 beat 7 |
-| dpace | weight = expected tokens that hang on the slot, from the draft's own confidence (arXiv 2605.18810) | adapts by itself |
+| dpace | weight = expected tokens that hang on the slot by the draft's confidence (arXiv 2605.18810) | adapts itself |
 | labels "argmax" | the target's own choice, counted while the data follows it | with gamma 2: 2.16 -> 2.39 |
 | labels "data" | the data's next token | the paper's; learns what a greedy target never says |
 | distil | adds cross-entropy to the target's top-k distribution | none on greedy decoding, helps rejection sampling |
-| sampled softmax | frequent tokens exactly, a random sample of the rest scaled up | same loss on average, a third of the cost |
+| sampled softmax | frequent tokens exactly, a sample of the rest scaled up | same loss on average, 1/3 of the cost |
 """
 
 import math
@@ -58,7 +58,7 @@ def decay_weights(drafted: int, gamma: float, device: torch.device) -> Tensor:
 
 
 def dpace_weights(nll: Tensor, live: Tensor, alpha: float) -> Tensor:
-    """[N, k] sums over m >= j of the products of smoothed confidences up to m; no gradient (arXiv 2605.18810, Eq. 7-8)."""
+    """[N, k] sums over m >= j of the products of smoothed confidences up to m; no gradient (arXiv 2605.18810)."""
     confidence = (1.0 - alpha) * torch.exp(-nll.detach()) + alpha
     reach = torch.cumprod(torch.where(live, confidence, 0.0), dim=1)
     return reach.flip(1).cumsum(1).flip(1)
@@ -111,7 +111,7 @@ class SampledSoftmax:
 
 
 def distil(logits: Tensor, top_values: Tensor, top_ids: Tensor) -> Tensor:
-    """[M] cross-entropy of the draft's logits [M, V] against the target's top-k logits [M, K], renormalised over the K."""
+    """[M] cross-entropy of the draft's logits [M, V] to the target's top-k logits [M, K], renormalised over the K."""
     wanted = top_values.float().softmax(-1)
     logits = logits.float()
     return torch.logsumexp(logits, dim=-1) - (wanted * logits.gather(1, top_ids)).sum(-1)

@@ -95,7 +95,15 @@ class DraftObjective(nn.Module):
         masks = layer_masks(self.draft, layout, self.use_flex)
         argmax = None if inputs.argmax is None or self._settings.labels == "data" else inputs.argmax[0]
         return self._compute(
-            inputs.features, inputs.tokens, layout.document, layout.position, anchor, argmax, inputs.top, inputs.others, masks
+            inputs.features,
+            inputs.tokens,
+            layout.document,
+            layout.position,
+            anchor,
+            argmax,
+            inputs.top,
+            inputs.others,
+            masks,
         )
 
     def _loss(
@@ -123,7 +131,11 @@ class DraftObjective(nn.Module):
         """The target's top logits at every slot, [N * k, K] each."""
         if top is None:
             return None
-        index = (anchor.clamp(min=0)[:, None] + torch.arange(drafted, device=anchor.device)).clamp(max=len(top[0]) - 1).flatten()
+        index = (
+            (anchor.clamp(min=0)[:, None] + torch.arange(drafted, device=anchor.device))
+            .clamp(max=len(top[0]) - 1)
+            .flatten()
+        )
         return top[0][index], top[1][index]
 
     def _score(self, hidden: Tensor, labels: Tensor, soft: Any, others: Tensor | None) -> tuple[Tensor, Tensor]:

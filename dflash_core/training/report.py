@@ -10,6 +10,11 @@ METRICS = "metrics.jsonl"
 PLOT = "report.html"
 
 
+def shown_bytes(count: float) -> str:
+    """ "1.2 GB" or "34 MB"."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
 class Metrics:
     """`metrics.jsonl` in the output folder: one object a line, kind "step" or "evaluation".
 
@@ -52,7 +57,9 @@ def plot(output: Path) -> Path | None:
     scores = [record for record in records if record["kind"] == "evaluation"]
     figure = make_subplots(specs=[[{"secondary_y": True}]])
     figure.add_trace(
-        graph_objects.Scatter(x=[r["step"] for r in steps], y=[r["loss"] for r in steps], name="loss", line={"width": 1}),
+        graph_objects.Scatter(
+            x=[r["step"] for r in steps], y=[r["loss"] for r in steps], name="loss", line={"width": 1}
+        ),
         secondary_y=True,
     )
     lines: dict[str, tuple[list[int], list[float]]] = {}
@@ -63,7 +70,9 @@ def plot(output: Path) -> Path | None:
             up.append(tau)
     for name, (across, up) in lines.items():
         width = 3 if name == "all prompts" else 1.5
-        figure.add_trace(graph_objects.Scatter(x=across, y=up, name=f"τ {name}", line={"width": width}), secondary_y=False)
+        figure.add_trace(
+            graph_objects.Scatter(x=across, y=up, name=f"τ {name}", line={"width": width}), secondary_y=False
+        )
     figure.update_layout(title="Acceptance length τ on held-out prompts, and training loss", template="plotly_white")
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="τ (committed tokens per verify pass)", secondary_y=False)
@@ -74,22 +83,25 @@ def plot(output: Path) -> Path | None:
 
 
 def card(
-    target: str, config: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any], progress: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None, start: str,
+    target: str, config: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any],
+    progress: Mapping[str, Any], evaluation: Mapping[str, Any] | None, start: str,
 ) -> str:  # fmt: skip
     """The checkpoint's README.md: what it is, what it scores, what made it."""
     taps = ", ".join(map(str, config["dflash_config"]["target_layer_ids"]))
     parts = [
         f"# DFlash draft model for {target}",
-        f"A block-diffusion draft model (DFlash, arXiv 2602.06036) for speculative decoding: {config['num_hidden_layers']} layers, "
-        f"blocks of {config['block_size']} (one anchor, {config['block_size'] - 1} drafted tokens), target layers {taps}, mask token "
-        f"{config['dflash_config']['mask_token_id']}. It shares the target's embedding and head and works with no other target.",
+        "A block-diffusion draft model (DFlash, arXiv 2602.06036) for speculative decoding: "
+        f"{config['num_hidden_layers']} layers, blocks of {config['block_size']} (one anchor, "
+        f"{config['block_size'] - 1} drafted tokens), target layers {taps}, "
+        f"mask token {config['dflash_config']['mask_token_id']}. "
+        "It shares the target's embedding and head and works with no other target.",
         "## Acceptance length",
         _score_table(evaluation) if evaluation else "Not evaluated yet.",
         "## Data",
         _list(data),
         "## Training",
-        f"{start} {progress['steps']:,} steps, {progress['minutes']:.1f} minutes, {progress['tokens']:,} context tokens seen.",
+        f"{start} {progress['steps']:,} steps, {progress['minutes']:.1f} minutes, "
+        f"{progress['tokens']:,} context tokens seen.",
         _list(settings),
     ]
     return "\n\n".join(parts) + "\n"

@@ -37,8 +37,8 @@ class Schedule:
 class Clock:
     """Progress of a run that may have been interrupted: the larger of its share of steps and its share of time.
 
-    Time counts from the start of each process, loading and compiling included, so `max_seconds` bounds what a machine is
-    really used for; `reserve_seconds` are kept for the last evaluation and save.
+    Time counts from the start of each process, loading and compiling included, so `max_seconds` bounds what a machine
+    is really used for; `reserve_seconds` are kept for the last evaluation and save.
     """
 
     def __init__(self, started: float, spent_seconds: float, max_seconds: float | None, max_steps: int | None) -> None:

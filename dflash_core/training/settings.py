@@ -27,29 +27,45 @@ class TrainSettings:
     output: str = _option(MISSING, "folder for checkpoints, metrics and report; run again to resume", free=True)
 
     prompts: list[str] = _option(
-        (), "chat JSONL files of held-out prompts ('messages', optional 'category'); default: sequences taken out of the data",
+        (), "chat JSONL files of held-out prompts ('messages', optional 'category'); default: sequences of the data",
         free=True,
     )  # fmt: skip
     held_out: int = _option(64, "sequences taken out of the data for evaluation when there are no --prompts")
     held_out_tokens: int = _option(256, "longest greedy reply to a held-out prompt", free=True)
 
     init_from: str | None = _option(None, "start from this draft checkpoint's weights (its shape is used)")
-    init_layers: Literal["target", "random"] = _option("target", "'target' copies its last layers: 2.25 -> 2.06 loss at step 500")
+    init_layers: Literal["target", "random"] = _option(
+        "target", "'target' copies its last layers: 2.25 -> 2.06 loss at step 500"
+    )
     layers: int = _option(5, "draft layers; each costs one target layer per verify pass")
-    block_size: int = _option(8, "slots per block; short blocks pay when few tokens are accepted (16 -> 8: 2.39 -> 2.49)")
+    block_size: int = _option(
+        8, "slots per block; short blocks pay when few tokens are accepted (16 -> 8: 2.39 -> 2.49)"
+    )
     features: int = _option(5, "number of tapped target layers, spread evenly")
     taps: list[int] = _option((), "tapped target layers, instead of --features")
-    mask_token_id: int | None = _option(None, "embedding that fills empty slots; default: a special token the data never uses")
+    mask_token_id: int | None = _option(
+        None, "embedding that fills empty slots; default: a special token the data never uses"
+    )
 
     context_tokens: int = _option(16384, "packed row: context tokens of a step (a multiple of 128 for flex)")
     anchors: int = _option(8192, "blocks of a step, spread over the row's reply tokens")
-    anchors_per_sequence: int | None = _option(None, "at most so many blocks in each sequence (the paper: 512 at length 3072)")
-    overlap_anchors: bool = _option(True, "blocks of a sequence may overlap; --no-overlap-anchors keeps them a block apart")
+    anchors_per_sequence: int | None = _option(
+        None, "at most so many blocks in each sequence (the paper: 512 at length 3072)"
+    )
+    overlap_anchors: bool = _option(
+        True, "blocks of a sequence may overlap; --no-overlap-anchors keeps them a block apart"
+    )
     accumulate: int = _option(1, "rows per optimiser step")
 
-    labels: Literal["argmax", "data"] = _option("argmax", "the target's own choice while the data follows it, or the data")
-    weights: Literal["decay", "dpace"] = _option("decay", "slot weights: fixed decay (Eq. 4) or by the draft's confidence")
-    gamma: float | None = _option(None, "decay length; default: 0.3 x block for argmax labels, the paper's 7/5/4 for data")
+    labels: Literal["argmax", "data"] = _option(
+        "argmax", "the target's own choice while the data follows it, or the data"
+    )
+    weights: Literal["decay", "dpace"] = _option(
+        "decay", "slot weights: fixed decay (Eq. 4) or by the draft's confidence"
+    )
+    gamma: float | None = _option(
+        None, "decay length; default: 0.3 x block for argmax labels, the paper's 7/5/4 for data"
+    )
     dpace_alpha: float = _option(0.5, "smoothing of --weights dpace")
     distil: float = _option(0.0, "share of the loss from the target's top-k distribution, for sampling with rejection")
     distil_top: int = _option(16, "the k of --distil")
@@ -63,21 +79,31 @@ class TrainSettings:
     lr_rest: float = _option(2e-3, "AdamW rate of everything that is no matrix")
     momentum: float = _option(0.95, "Muon's momentum")
     weight_decay: float = _option(0.0, "decoupled, matrices only")
-    schedule: Literal["constant-linear", "linear", "cosine", "constant"] = _option("constant-linear", "shape of the learning rate")
+    schedule: Literal["constant-linear", "linear", "cosine", "constant"] = _option(
+        "constant-linear", "shape of the learning rate"
+    )
     warm_up: float = _option(0.01, "fraction of the run in which the rate rises")
     decay: float = _option(0.5, "fraction of the run, at its end, in which constant-linear falls to 0")
     clip: float = _option(1.0, "largest gradient norm")
     ema: float = _option(0.0, "keep an average of the weights with this factor and ship that; 0 is off")
 
-    epochs: float | None = _option(None, "passes over the data; default 6 unless a time or step limit is given", free=True)
+    epochs: float | None = _option(
+        None, "passes over the data; default 6 unless a time or step limit is given", free=True
+    )
     max_steps: int | None = _option(None, "optimiser steps of the whole run", free=True)
-    max_minutes: float | None = _option(None, "time of the whole run over all resumes; the schedule ends with it", free=True)
-    pause_minutes: float | None = _option(None, "save and stop this process after so long; resume with the same command", free=True)
+    max_minutes: float | None = _option(
+        None, "time of the whole run over all resumes; the schedule ends with it", free=True
+    )
+    pause_minutes: float | None = _option(
+        None, "save and stop this process after so long; resume with the same command", free=True
+    )
     evaluate_every: int = _option(2000, "steps between acceptance lengths on the held-out prompts", free=True)
     save_every: int = _option(1000, "steps between saved states", free=True)
     log_every: int = _option(20, "steps between metric lines", free=True)
 
-    feature_cache: Literal["online", "gpu", "cpu", "disk"] = _option("online", "where target features live, see features", free=True)
+    feature_cache: Literal["online", "gpu", "cpu", "disk"] = _option(
+        "online", "where target features live, see features", free=True
+    )
     attention: Literal["auto", "flex", "sdpa"] = _option("auto", "'auto' is flex on a GPU, sdpa elsewhere", free=True)
     compile: bool | None = _option(None, "torch.compile target, draft and optimiser; default: on a GPU", free=True)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = _option("auto", "'auto' is bf16 on a GPU", free=True)

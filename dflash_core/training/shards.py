@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
                 arrays = {name: archive[name] for name in archive.files}
         else:
             arrays = _map_safetensors(path)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise TrainingError(
             "A data file cannot be read.", f"{path}: {error}.", "Generate it again or remove it."
         ) from error

@@ -16,10 +16,11 @@ class InputSource:
     """
 
     def __init__(
-        self, reader: TargetReader, data: PackedData, place: str, top: int, wants_choices: bool, device: torch.device, folder: Path
-    ) -> None:
+        self, reader: TargetReader, data: PackedData, place: str, top: int, wants_choices: bool, device: torch.device,
+        folder: Path,
+    ) -> None:  # fmt: skip
         self.reader, self._top, self._wants_choices = reader, top, wants_choices
-        self._choices = ChoiceTable(reader, data, device)
+        self._choices = ChoiceTable(reader, data, device, folder if place == "disk" else None)
         self._store: FeatureStore | None = None
         if place != "online":
             width = len(reader.taps) * reader.target.hidden_size
@@ -43,5 +44,7 @@ class InputSource:
         return Inputs(features, batch.tokens, layout, argmax, top, batch.others)
 
     def flush(self) -> None:
-        if self._store is not None:
-            self._store.flush()
+        """Note on disk what the caches there hold by now."""
+        for cache in (self._choices, self._store):
+            if cache is not None:
+                cache.flush()

@@ -10,44 +10,47 @@ A folder appears whole or not at all: it is written beside its place and renamed
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dflash_core.config import DraftConfig
 from dflash_core.errors import TrainingError
+from dflash_core.training.report import shown_bytes
 
 STATE_BYTES_PER_PARAMETER = 16
 
 
 def save_draft(folder: Path, config: DraftConfig, weights: Mapping[str, Tensor], card: str) -> None:
-    """Write a draft checkpoint in the public layout; the weights are rounded to bfloat16."""
-    fresh = _fresh(folder)
+    """Write a draft checkpoint in the public layout; the weights are rounded to bfloat16. Raises `TrainingError`."""
     rounded = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in weights.items()}
-    save_file(rounded, fresh / "model.safetensors", metadata={"format": "pt"})
-    (fresh / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
-    (fresh / "README.md").write_text(card, "utf-8")
-    _put(fresh, folder)
+    with _writing(folder) as fresh:
+        save_file(rounded, fresh / "model.safetensors", metadata={"format": "pt"})
+        (fresh / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
+        (fresh / "README.md").write_text(card, "utf-8")
 
 
 def copy_draft(source: Path, goal: Path) -> None:
-    fresh = _fresh(goal)
-    shutil.copytree(source, fresh, dirs_exist_ok=True)
-    _put(fresh, goal)
+    with _writing(goal) as fresh:
+        shutil.copytree(source, fresh, dirs_exist_ok=True)
 
 
 def save_state(
-    output: Path, step: int, weights: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer], facts: dict[str, Any]
-) -> None:
+    output: Path, step: int, weights: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer],
+    facts: dict[str, Any],
+) -> None:  # fmt: skip
     """Write everything a resumed run needs and drop older states. Raises `TrainingError` when the disk is full."""
     goal = output / "state" / f"step-{step:08d}"
-    try:
-        fresh = _fresh(goal)
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, fresh / "weights.safetensors")
+    with _writing(goal) as fresh:
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in weights.items()}, fresh / "weights.safetensors"
+        )
         moments = {
             f"{name}.{index}.{key}": value.detach().contiguous()
             for name, optimizer in optimizers.items()
@@ -56,16 +59,20 @@ def save_state(
         }
         save_file(moments, fresh / "optimizer.safetensors")
         (fresh / "state.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        _put(fresh, goal)
-    except OSError as error:
-        raise TrainingError("The state cannot be saved.", f"{goal}: {error}.", "Free some space and resume.") from error
     for old in _steps(output):
         if old != goal:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def find_state(output: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole state under the output folder and its facts, None for a fresh run."""
+    """The newest whole state under the output folder and its facts, None for a fresh run.
+
+    A draft that a kill caught between the two renames of `_put` is put back first.
+    """
+    for old in output.glob(".*.old"):
+        goal = output / old.name.removeprefix(".").removesuffix(".old")
+        if not goal.exists():
+            old.rename(goal)
     steps = _steps(output)
     if not steps:
         return None
@@ -89,7 +96,7 @@ def check_space(output: Path, parameters: int) -> None:
     if free < needed:
         raise TrainingError(
             "There is no room for checkpoints.",
-            f"{needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free in {output}.",
+            f"{shown_bytes(needed)} are needed, {shown_bytes(free)} are free in {output}.",
             "Free some space or choose another --output.",
         )
 
@@ -109,12 +116,19 @@ def _steps(output: Path) -> list[Path]:
     return sorted(path for path in (output / "state").glob("step-*") if (path / "state.json").is_file())
 
 
-def _fresh(goal: Path) -> Path:
-    goal.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _writing(goal: Path) -> Iterator[Path]:
+    """A fresh folder that takes the goal's place at the end. Raises `TrainingError` when the disk is full."""
     fresh = goal.with_name(f".{goal.name}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    return fresh
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        yield fresh
+        _put(fresh, goal)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            "A checkpoint cannot be saved.", f"{goal}: {error}.", "Free some space and run the same command again."
+        ) from error
 
 
 def _put(fresh: Path, goal: Path) -> None:

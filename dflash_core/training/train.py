@@ -1,6 +1,6 @@
-"""`python -m dflash_core.training.train`: checks everything, loads the target, trains or resumes; knows no step of the loop.
+"""`python -m dflash_core.training.train`: checks everything, loads the target, trains or resumes; knows no single step.
 
-Run it again with the same command after an interruption, a pause or a kill: it continues where its last state was saved.
+Run it again with the same command after an interruption, a pause or a kill: it goes on where its last state was saved.
 """
 
 import sys
@@ -10,13 +10,11 @@ STARTED = time.monotonic()
 
 import logging  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -25,13 +23,14 @@ from dflash_core.config import DraftConfig  # noqa: E402
 from dflash_core.draft_files import load_draft, read_draft_config  # noqa: E402
 from dflash_core.errors import DFlashError, TrainingError  # noqa: E402
 from dflash_core.loading import KNOWN_PAIRS, Pair, load_pair  # noqa: E402
-from dflash_core.masks import TILE  # noqa: E402
 from dflash_core.model import DFlashDraftModel  # noqa: E402
 from dflash_core.training import heldout, state  # noqa: E402
+from dflash_core.training.checks import check_context, check_prompts, prepare_output  # noqa: E402
 from dflash_core.training.data import DrawSettings, PackedData  # noqa: E402
-from dflash_core.training.features import TargetReader  # noqa: E402
+from dflash_core.training.features import TargetReader, check_room  # noqa: E402
 from dflash_core.training.init import Measured, draft_config, initialise, measure  # noqa: E402
 from dflash_core.training.loss import FullSoftmax, SampledSoftmax, Softmax  # noqa: E402
+from dflash_core.training.machine import Machine, decide_machine  # noqa: E402
 from dflash_core.training.objective import DraftObjective, LossSettings  # noqa: E402
 from dflash_core.training.schedule import Clock  # noqa: E402
 from dflash_core.training.settings import TrainSettings, digest, parse  # noqa: E402
@@ -46,39 +45,12 @@ DEFAULT_EPOCHS = 6.0
 log = logging.getLogger("dflash_core.training")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """How to compute here, with every "auto" decided."""
-
-    accelerator: Accelerator
-    use_flex: bool
-    compile: bool
-
-
 def load_target(settings: TrainSettings, device: torch.device) -> Pair:
     """The target alone: a known pair's, or a Hub id or folder."""
     where = settings.device if settings.device != "auto" else str(device)
     if settings.target in KNOWN_PAIRS:
         return load_pair(settings.target, draft="none", device=where, dtype=settings.dtype)
     return load_pair(target=settings.target, draft="none", device=where, dtype=settings.dtype)
-
-
-def decide_machine(settings: TrainSettings) -> Machine:
-    on_gpu = torch.cuda.is_available() and settings.device in ("auto", "cuda") or settings.device.startswith("cuda")
-    precision = ("bf16" if on_gpu else "no") if settings.mixed_precision == "auto" else settings.mixed_precision
-    accelerator = Accelerator(
-        mixed_precision=precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.device == "cpu"
-    )
-    use_flex = on_gpu if settings.attention == "auto" else settings.attention == "flex"
-    if use_flex and not on_gpu:
-        raise TrainingError("Flex attention cannot train here.", "It has no backward pass on a CPU.", "Use --attention sdpa.")
-    if use_flex and settings.context_tokens % TILE:
-        found = f"--context-tokens is {settings.context_tokens}."
-        raise TrainingError("The packed row does not fit the mask's tiles.", found, f"Use a multiple of {TILE}.")
-    compiled = on_gpu if settings.compile is None else settings.compile
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
-    return Machine(accelerator, use_flex, compiled)
 
 
 def pick_mask_token(pair: Pair, counts: np.ndarray, wanted: int | None) -> int:
@@ -94,18 +66,9 @@ def pick_mask_token(pair: Pair, counts: np.ndarray, wanted: int | None) -> int:
     for token in (*special, *beyond):
         if token not in taken and counts[token] == 0:
             return token
-    raise TrainingError("No token is free to be the mask.", "The data uses every special token.", "Give --mask-token-id.")
-
-
-def prepare_output(settings: TrainSettings) -> Path:
-    output = Path(settings.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / ".writable").touch()
-        (output / ".writable").unlink()
-    except OSError as error:
-        raise TrainingError("The output folder cannot be used.", f"{output}: {error}.", "Choose another --output.") from error
-    return output
+    raise TrainingError(
+        "No token is free to be the mask.", "The data uses every special token.", "Give --mask-token-id."
+    )
 
 
 def make_prompts(settings: TrainSettings, pair: Pair, shards: TokenShards) -> tuple[list[heldout.Prompt], list[int]]:
@@ -113,6 +76,12 @@ def make_prompts(settings: TrainSettings, pair: Pair, shards: TokenShards) -> tu
     if settings.prompts:
         return [prompt for path in settings.prompts for prompt in heldout.read_prompts(Path(path), pair)], []
     count = min(settings.held_out, len(shards) // 2)
+    if count < 1:
+        raise TrainingError(
+            "There is nothing to evaluate on.",
+            f"The data has {len(shards)} sequences, --held-out is {settings.held_out}.",
+            "Give --prompts, or more data.",
+        )
     ids = np.random.default_rng((settings.seed, 0)).choice(len(shards), count, replace=False).tolist()
     return heldout.data_prompts(shards, ids), ids
 
@@ -149,7 +118,9 @@ def make_draft(
         if (config.hidden_size, config.vocab_size, config.num_target_layers) != (
             target.hidden_size, target.vocab_size, target.num_layers,
         ):  # fmt: skip
-            raise TrainingError("The first draft does not fit the target.", f"{folder}.", "Start from a draft of this target.")
+            raise TrainingError(
+                "The first draft does not fit the target.", f"{folder}.", "Start from a draft of this target."
+            )
         draft = load_draft(weight_files(folder), config, device, torch.float32).requires_grad_(True).train()
     else:
         mask = pick_mask_token(pair, counts, settings.mask_token_id)
@@ -183,18 +154,8 @@ def make_clock(settings: TrainSettings, data: PackedData, spent_seconds: float, 
     return Clock(STARTED, spent_seconds, seconds, steps)
 
 
-def check_context(settings: TrainSettings, pair: Pair, shards: TokenShards) -> None:
-    longest = int(shards.lengths.max())
-    if longest > pair.context_length:
-        raise TrainingError(
-            "A sequence is longer than the target's context.",
-            f"The longest has {longest} tokens, the context {pair.context_length}.",
-            "Generate the data with this target, or drop long sequences.",
-        )
-
-
 def build(settings: TrainSettings) -> Trainer:
-    """Check everything that can be checked, then build the run or continue it. Raises `TrainingError` or `LoadError`."""
+    """Check all that can be checked, then build the run or continue it. Raises `TrainingError` or `LoadError`."""
     output, shards = prepare_output(settings), TokenShards.open(*settings.data)
     found = state.find_state(output)
     machine = decide_machine(settings)
@@ -209,25 +170,33 @@ def build(settings: TrainSettings) -> Trainer:
         state.check_same_run(found[1]["run"], fingerprint, output)
     draft, measured, start = make_draft(settings, pair, data, counts, found[1] if found else None)
     state.check_space(output, sum(p.numel() for p in draft.parameters()))
-    longest = max(len(ids) for _, ids in prompts) + settings.held_out_tokens
-    if longest > settings.context_tokens:
-        raise TrainingError("A held-out prompt does not fit.", f"With its reply {longest} tokens.", "Raise --context-tokens.")
+    width, where = draft.fc.weight.shape[1], draft.fc.weight.device
+    check_room(settings.feature_cache, data, width, pair.target.dtype, where, output)
+    check_prompts(settings, pair, prompts)
     replies = _replies(settings, machine, pair, prompts, output)
     return _assemble(settings, machine, pair, data, counts, draft, measured, start, replies, fingerprint, found)
 
 
-def _replies(settings: TrainSettings, machine: Machine, pair: Pair, prompts: Sequence[heldout.Prompt], output: Path) -> Replies:
+def _replies(
+    settings: TrainSettings, machine: Machine, pair: Pair, prompts: Sequence[heldout.Prompt], output: Path
+) -> Replies:
     with machine.accelerator.main_process_first():
         return heldout.cached_replies(pair, prompts, settings.held_out_tokens, output / "heldout.npz")
 
 
 def _assemble(
-    settings: TrainSettings, machine: Machine, pair: Pair, data: PackedData, counts: np.ndarray, draft: DFlashDraftModel,
-    measured: Measured, start: str, replies: Replies, fingerprint: dict[str, Any], found: tuple[Path, dict[str, Any]] | None,
+    settings: TrainSettings, machine: Machine, pair: Pair, data: PackedData, counts: np.ndarray,
+    draft: DFlashDraftModel, measured: Measured, start: str, replies: Replies, fingerprint: dict[str, Any],
+    found: tuple[Path, dict[str, Any]] | None,
 ) -> Trainer:  # fmt: skip
     softmax, rare = make_softmax(settings, pair, counts)
     loss = LossSettings(
-        settings.labels, settings.weights, settings.slot_gamma, settings.dpace_alpha, settings.distil, settings.loss_chunks
+        settings.labels,
+        settings.weights,
+        settings.slot_gamma,
+        settings.dpace_alpha,
+        settings.distil,
+        settings.loss_chunks,
     )
     objective = DraftObjective(draft, pair.target, softmax, loss, measured.tap_scale, machine.use_flex, machine.compile)
     reader = TargetReader(pair.target, draft.config.target_layer_ids, machine.use_flex, machine.compile)
@@ -240,10 +209,22 @@ def _assemble(
         settings.anchors_per_sequence, rare, settings.others,
     )  # fmt: skip
     weights = _load_weights(draft, found)
-    clock = make_clock(settings, data, found[1]["progress"]["seconds"] if found else 0.0, machine.accelerator.num_processes)
+    clock = make_clock(
+        settings, data, found[1]["progress"]["seconds"] if found else 0.0, machine.accelerator.num_processes
+    )
     story = Story(pair.name, _data_story(settings, data), start)
     trainer = Trainer(
-        settings, machine.accelerator, objective, source, data, draw, replies, clock, fingerprint, story, machine.compile
+        settings,
+        machine.accelerator,
+        objective,
+        source,
+        data,
+        draw,
+        replies,
+        clock,
+        fingerprint,
+        story,
+        machine.compile,
     )
     if found is not None:
         trainer.restore(*found, weights)
@@ -271,14 +252,25 @@ def _data_story(settings: TrainSettings, data: PackedData) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    settings = parse(arguments)
     try:
+        settings = parse(arguments)
         trainer = build(settings)
         resumed = f", resumed at step {trainer.progress.step}" if trainer.progress.step else ""
-        log.info("Training for %s on %d sequences%s. %s", trainer.story.target, len(trainer.data.ids), resumed, trainer.story.start)
+        log.info(
+            "Training for %s on %d sequences%s. %s",
+            trainer.story.target,
+            len(trainer.data.ids),
+            resumed,
+            trainer.story.start,
+        )
         over = trainer.run()
     except DFlashError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            "A file cannot be read or written.", f"{error}.", "Mend it and run the same command again.", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("Stopped. Run the same command to resume.", file=sys.stderr)

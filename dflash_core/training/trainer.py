@@ -1,4 +1,4 @@
-"""The loop: batches in, checkpoints and metrics out, resumable at any step; knows no command line and loads no target."""
+"""The loop: batches in, checkpoints and metrics out, resumable at any step; knows no command line, loads no target."""
 
 import time
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ from dflash_core.errors import TrainingError
 from dflash_core.model import DFlashDraftModel
 from dflash_core.training import report, state
 from dflash_core.training.data import Batch, BatchStream, DrawSettings, PackedData
-from dflash_core.training.muon import Muon
 from dflash_core.training.objective import DraftObjective
+from dflash_core.training.optimizers import make_optimizers
 from dflash_core.training.schedule import Clock, Schedule
 from dflash_core.training.settings import TrainSettings
 from dflash_core.training.source import InputSource
@@ -25,7 +25,7 @@ from dflash_core.training.walk import Replies, Score, score
 
 @dataclass
 class Progress:
-    """Where a run is: optimiser steps done, the next row, seconds used, tokens seen, the best acceptance length so far."""
+    """Where a run is: optimiser steps done, the next row, seconds used, tokens seen, the best acceptance length."""
 
     step: int = 0
     epoch: int = 0
@@ -44,19 +44,6 @@ class Story:
     start: str
 
 
-def optimizers(settings: TrainSettings, draft: DFlashDraftModel, compile: bool) -> dict[str, torch.optim.Optimizer]:
-    """One optimiser for matrices, one for everything else."""
-    matrices = [p for p in draft.parameters() if p.dim() == 2]
-    rest = [p for p in draft.parameters() if p.dim() != 2]
-    fused = matrices[0].is_cuda
-    decay = settings.weight_decay
-    if settings.optimizer == "muon":
-        first: torch.optim.Optimizer = Muon(matrices, settings.matrix_lr, settings.momentum, decay, compile)
-    else:
-        first = torch.optim.AdamW(matrices, settings.matrix_lr, betas=(0.9, 0.95), weight_decay=decay, fused=fused)
-    return {"matrices": first, "rest": torch.optim.AdamW(rest, settings.lr_rest, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)}
-
-
 class Trainer:
     """Trains `objective.draft` until the clock says the run is over, or this process's pause."""
 
@@ -71,7 +58,7 @@ class Trainer:
         self.output, self.progress = Path(settings.output), Progress()
         self.schedule = Schedule(settings.schedule, settings.warm_up, settings.decay)
         self.params = list(objective.draft.parameters())
-        made = optimizers(settings, objective.draft, compile)
+        made = make_optimizers(settings, objective.draft, compile)
         self.model, *prepared = accelerator.prepare(objective, *made.values())
         self.optimizers = dict(zip(made, prepared, strict=True))
         self._base_lrs = {name: made[name].param_groups[0]["lr"] for name in made}
@@ -177,8 +164,10 @@ class Trainer:
         if not self._pending:
             return
         rows = torch.stack([values for _, values in self._pending]).cpu()
+        # With a loss scaler an infinite gradient is a step that it skips, not an end.
+        watched = 2 if self.accelerator.scaler is None else 1
         for (batch, _), values in zip(self._pending, rows, strict=True):
-            if not values[:2].isfinite().all():
+            if not values[:watched].isfinite().all():
                 self._stop_at(batch, float(values[0]))
         now = time.monotonic()
         drafted = (rows.shape[1] - 2) // 2
@@ -205,7 +194,7 @@ class Trainer:
             "The loss is no longer a number.",
             f"It is {loss} at step {self.progress.step} or shortly before, epoch {pack.epoch}, row {pack.number},"
             f" sequences {list(pack.documents[:8])}{'...' if len(pack.documents) > 8 else ''}.",
-            "The last good checkpoint is kept; resume with a lower --lr or look at these sequences.",
+            "The last good checkpoint is kept. Look at these sequences, or start --init-from it with a lower --lr.",
         )
 
     # ---- checkpoints
@@ -235,7 +224,11 @@ class Trainer:
         seconds = time.monotonic() - began
         assert self.metrics is not None
         self.metrics.add(
-            "evaluation", self.progress.step, minutes=round(self.clock.seconds / 60, 3), seconds=round(seconds, 2), **record
+            "evaluation",
+            self.progress.step,
+            minutes=round(self.clock.seconds / 60, 3),
+            seconds=round(seconds, 2),
+            **record,
         )
         tau = found.overall.tau or 0.0
         split = "  ".join(f"{name} {tally.tau:.2f}" for name, tally in sorted(found.categories.items()) if tally.tau)
@@ -254,7 +247,12 @@ class Trainer:
         rounded.load_state_dict({name: t.to(torch.bfloat16) for name, t in self.shipped_weights().items()})
         rounded = rounded.to(draft.fc.weight.device, reader.target.dtype).eval()
         return score(
-            rounded, reader, self.replies, self.settings.context_tokens, self._anchors_of_evaluation, self.objective.use_flex
+            rounded,
+            reader,
+            self.replies,
+            self.settings.context_tokens,
+            self._anchors_of_evaluation,
+            self.objective.use_flex,
         )
 
     @property
@@ -264,7 +262,9 @@ class Trainer:
     def _save_draft(self, name: str) -> None:
         config = self.objective.draft.config
         progress = {"steps": self.progress.step, "minutes": self.clock.seconds / 60, "tokens": self.progress.tokens}
-        shown = {k: v for k, v in asdict(self.settings).items() if k not in ("output", "data", "prompts", "target", "device")}
+        shown = {
+            k: v for k, v in asdict(self.settings).items() if k not in ("output", "data", "prompts", "target", "device")
+        }
         text = report.card(
             self.story.target, config.to_dict(), self.story.data, shown, progress, self._last_score, self.story.start
         )

@@ -1,7 +1,7 @@
 """Acceptance length by teacher forcing: the draft guesses after every reply token at once, then the blocks are walked.
 
-With the target's greedy reply known, block after block is anchor -> anchor + accepted + 1, exactly what decoding would do.
-It knows no sampling and writes no files.
+With the target's greedy reply known, block after block is anchor -> anchor + accepted + 1, which is what decoding does
+(there the last block before the length limit is shorter). It knows no sampling and writes no files.
 """
 
 from collections import defaultdict
@@ -113,7 +113,7 @@ def right_slots(
 
 
 def walk(accepted: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(reply position of the anchor, tokens committed) of each verify pass; `accepted` [n - 1] after each reply token."""
+    """(reply position of the anchor, tokens committed) of each pass; `accepted` [n - 1] after each reply token."""
     anchor, last = 0, len(accepted)
     while anchor < last:
         yield anchor, min(accepted[anchor] + 1, last - anchor)
@@ -142,7 +142,9 @@ def score(
             for position, committed in walk(kept.sum(1)[owner == local].tolist()):
                 categories[replies.categories[index]] += Tally(committed, 1)
                 opening, later = (
-                    (opening + Tally(committed, 1), later) if position < OPENING else (opening, later + Tally(committed, 1))
+                    (opening + Tally(committed, 1), later)
+                    if position < OPENING
+                    else (opening, later + Tally(committed, 1))
                 )
     return Score(dict(categories), opening, later, _rates(right_sum, live_sum), _rates(kept_sum, reached_sum))
 
