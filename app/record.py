@@ -38,6 +38,7 @@ def record(pair: Pair, prompt: str, settings: Settings, title: str = "", decode:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m app.record", description="Record the traces that ship with the app.")
     parser.add_argument("--pair", default="smollm2-135m", help="(default: %(default)s)")
+    parser.add_argument("--target", help="a target of your own: Hub id or folder")
     parser.add_argument("--draft", help="a draft of your own: Hub id or folder")
     parser.add_argument("--dtype", default="float32", help="float32 makes both replies the same to the last token")
     parser.add_argument("--prompt", default=PROMPT, help="(default: %(default)s)")
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=RECORDINGS["dflash"].parent, help="(default: %(default)s)")
     chosen = parser.parse_args(argv)
     try:
-        pair = load_pair(chosen.pair, draft=chosen.draft, dtype=chosen.dtype)
+        pair = load_pair(chosen.pair, target=chosen.target, draft=chosen.draft, dtype=chosen.dtype)
         for name in RECORDINGS:
             drafting = name == "dflash"
             block_size = chosen.block_size if drafting else None
