@@ -199,6 +199,23 @@ def test_a_save_that_is_cut_off_leaves_the_state_before_it(tmp_path, monkeypatch
     assert state.find_state(output)[1]["progress"]["step"] == 60
 
 
+def test_two_processes_train_one_draft(tmp_path):
+    """Plain data parallelism through gloo; the evaluation is done at the last step already."""
+    output = tmp_path / "out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line = options(output, max_steps=40, evaluate_every=20, save_every=20)
+    root = Path(__file__).parents[1]
+    command = [*launch, "-m", "dflash_core.training.train", *line]
+    done = subprocess.run(
+        command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert last_tau(output) > LEARNT_TAU and [r["step"] for r in records(output, "evaluation")] == [20, 40]
+    progress = state.find_state(output)[1]["progress"]
+    # Ten rows an epoch, shared by two: forty steps are eight epochs.
+    assert progress["step"] == 40 and progress["epoch"] == 7
+
+
 # Options.
 
 OPTIONS = {

@@ -1,5 +1,6 @@
 """What must hold before any long work: a folder to write to, sequences and prompts that fit; trains nothing."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ def prepare_output(settings: TrainSettings) -> Path:
     output = Path(settings.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / ".writable").touch()
-        (output / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
         raise TrainingError(
             "The output folder cannot be used.", f"{output}: {error}.", "Choose another --output."

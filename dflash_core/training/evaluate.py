@@ -25,6 +25,7 @@ from dflash_core.errors import DFlashError, PromptError, TrainingError
 from dflash_core.events import Prefill, Step
 from dflash_core.generate import INTERRUPTED, add_pair_arguments, load_from
 from dflash_core.loading import Pair
+from dflash_core.masks import TILE
 from dflash_core.prompts import ChatPrompt, chat_ids, read_prompts, spread
 from dflash_core.tally import Tally
 from dflash_core.training.evaluate_report import VERSION, measured, table, with_teacher_forcing
@@ -185,9 +186,10 @@ def teacher_forced(
     longest_reply = max(len(reply.ids) for reply in replies)
     device = pair.draft.fc.weight.device
     use_flex = device.type == "cuda" and longest_reply * block_size > DENSE_SLOTS
+    context_tokens = -(-int(walked.lengths.max()) // TILE) * TILE
     reader = TargetReader(pair.target, pair.draft.config.target_layer_ids, use_flex, compile=False)
     try:
-        return score(pair.draft, reader, walked, int(walked.lengths.max()), longest_reply, use_flex, block_size)
+        return score(pair.draft, reader, walked, context_tokens, longest_reply, use_flex, block_size)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "Teacher forcing does not fit into memory.", f"The longest reply has {longest_reply} tokens.", ""

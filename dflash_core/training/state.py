@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,9 @@ def find_state(output: Path) -> tuple[Path, dict[str, Any]] | None:
     for old in output.glob(".*.old"):
         goal = output / old.name.removeprefix(".").removesuffix(".old")
         if not goal.exists():
-            old.rename(goal)
+            # Of several processes one is first.
+            with suppress(FileNotFoundError):
+                old.rename(goal)
     steps = _steps(output)
     if not steps:
         return None

@@ -216,11 +216,12 @@ class Trainer:
     def evaluate(self) -> None:
         """Acceptance length of the weights as they would be shipped; keeps the best."""
         self.accelerator.wait_for_everyone()
+        self._scored_step = self.progress.step
         if not self._is_main:
             return
         began, found = time.monotonic(), self.shipped_score()
         record = {**found.record(), "replies": len(self.replies), "max_new_tokens": self.settings.held_out_tokens}
-        self._last_score, self._scored_step = record, self.progress.step
+        self._last_score = record
         seconds = time.monotonic() - began
         assert self.metrics is not None
         self.metrics.add(
