@@ -1,7 +1,7 @@
 """One reply on the screen: opens a run, turns its frames into updates, keeps what was there when it fails; builds nothing."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -49,7 +49,6 @@ class Request:
     before: Conversation
     text: str
     settings: Settings
-    paced: bool
     session: str
     visitor: str
 
@@ -61,8 +60,8 @@ def answer(desk: Desk, screen: Screen, request: Request) -> Iterator[dict[Any, A
     try:
         yield from _until_loaded(desk, screen, request)
         run = desk.open(
-            request.session, request.visitor, prompt_messages(request.conversation), request.settings,
-            paced=request.paced, title=request.conversation["title"],
+            request.session, request.visitor, prompt_messages(request.conversation), _fitted(desk, request.settings),
+            title=request.conversation["title"],
         )  # fmt: skip
         for frame in frames(run):
             yield _framed(screen, request, frame)
@@ -98,6 +97,14 @@ def _until_loaded(desk: Desk, screen: Screen, request: Request) -> Iterator[dict
             yield {screen.note: gr.skip()}
         desk.release(request.session)
         yield {screen.note: packed({"text": ""})}
+
+
+def _fitted(desk: Desk, settings: Settings) -> Settings:
+    """The page may still show the range of the draft before: a block is never longer than this draft's."""
+    longest = desk.engine.status.block_size
+    if longest is None:
+        return replace(settings, drafting=False, block_size=None)
+    return replace(settings, block_size=settings.block_size and min(settings.block_size, longest))
 
 
 def _framed(screen: Screen, request: Request, frame: Frame) -> dict[Any, Any]:
@@ -141,16 +148,14 @@ def _lock(screen: Screen, free: bool) -> dict[Any, Any]:
     return {widget: type(widget)(interactive=free) for widget in screen.locked}
 
 
-def request_of(
-    conversation: Conversation, before: Conversation, settings: Settings, paced: bool, client: gr.Request
-) -> Request:
+def request_of(conversation: Conversation, before: Conversation, settings: Settings, client: gr.Request) -> Request:
     """A request for the chat's last question."""
     question = last_question(conversation)
     assert question is not None and question == len(conversation["messages"]) - 1
     text = conversation["messages"][question]["content"]
     # A retry that fails leaves the old reply in place, and the composer empty.
     restored = "" if before["messages"][: question + 1] == cut(conversation, question + 1)["messages"] else text
-    return Request(conversation, before, restored, settings, paced, client.session_hash, visitor_of(client))
+    return Request(conversation, before, restored, settings, client.session_hash, visitor_of(client))
 
 
 def visitor_of(client: gr.Request) -> str:

@@ -1,7 +1,7 @@
 """The chat and, beside it, the X-ray of the same run: lays them out and wires what a reader can do; decodes nothing."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -33,7 +33,6 @@ WELCOME = "### Ask something\nThe reply appears here; how it was drafted, checke
 @dataclass(frozen=True, slots=True)
 class ChatTab:
     screen: Screen
-    paced: gr.State
 
     @property
     def xray(self) -> gr.HTML:
@@ -61,7 +60,7 @@ def build(chats: ChatList) -> ChatTab:
     keep = channel("keep", None)
     foot = channel("setFooters", {"items": [], "selected": ""})
     screen = Screen(composer, chatbot, hidden[0], keep, foot, note, xray, hidden[1], chats.locked)
-    return ChatTab(screen, gr.State(False))
+    return ChatTab(screen)
 
 
 class Wiring:
@@ -69,9 +68,7 @@ class Wiring:
 
     def __init__(self, desk: Desk, tab: ChatTab, settings: SettingsPanel, shelf: Shelf) -> None:
         self.desk, self.tab, self.screen, self.settings, self.shelf = desk, tab, tab.screen, settings, shelf
-        self.inputs = {
-            self.screen.composer, self.screen.conversation, tab.paced, settings.system, *settings.inputs.values()
-        }  # fmt: skip
+        self.inputs = {self.screen.composer, self.screen.conversation, settings.system, *settings.inputs.values()}
 
     def connect(self) -> None:
         """Wire everything; call once, inside the page."""
@@ -88,11 +85,14 @@ class Wiring:
         picked = screen.chatbot.select(self.select, screen.conversation, [screen.selected, screen.footers], **QUIET)
         self.shelf.show_trace(picked)
         screen.composer.stop(self.stop, None, None, queue=False, **QUIET)
-        screen.xray.step_mode(self.pace, None, self.tab.paced, queue=False, **QUIET)
+        screen.xray.step_mode(self.pace, None, None, queue=False, **QUIET)
         screen.xray.next_step(self.next_step, None, None, queue=False, **QUIET)
 
     def _replies(self, trigger: Any, act: Any) -> None:
-        event = trigger(act, self.inputs, self.screen.outputs, concurrency_limit=None, concurrency_id="replies", **QUIET)
+        # Unchecked inputs: `Settings` checks them, and a message is never lost to a slider whose range just changed.
+        event = trigger(
+            act, self.inputs, self.screen.outputs, preprocess=False, concurrency_limit=None, concurrency_id="replies", **QUIET
+        )  # fmt: skip
         self.shelf.shelve(event, reply=True)
 
     def send(self, data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
@@ -140,12 +140,8 @@ class Wiring:
     def stop(self, client: gr.Request) -> None:
         self.desk.stop(client.session_hash)
 
-    def pace(self, client: gr.Request, event: gr.EventData) -> bool:
-        paced = bool(event._data.get("on"))
-        run = self.desk.run(client.session_hash)
-        if run is not None:
-            run.pace(paced)
-        return paced
+    def pace(self, client: gr.Request, event: gr.EventData) -> None:
+        self.desk.pace(client.session_hash, bool(event._data.get("on")))
 
     def next_step(self, client: gr.Request) -> None:
         run = self.desk.run(client.session_hash)
@@ -165,10 +161,7 @@ class Wiring:
             warn(DFlashError("A reply is being written.", "", "Wait for it or stop it first."))
             yield self._nothing()
             return
-        status = self.desk.engine.status
-        if status.phase == "ready" and status.block_size is None:
-            settings = replace(settings, drafting=False, block_size=None)
-        request = request_of(conversation, before, settings, bool(data[self.tab.paced]), client)
+        request = request_of(conversation, before, settings, client)
         yield from answer(self.desk, self.screen, request)
 
     def _before(self, data: Mapping[Any, Any]) -> Conversation:

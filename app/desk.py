@@ -23,6 +23,7 @@ class Desk:
         self._turnstile, self._rate = Turnstile(), RunRate(limits.runs_per_minute)
         self._runs: dict[str, Run] = {}
         self._held: set[str] = set()
+        self._paced: set[str] = set()
         self._lock = threading.Lock()
 
     def hold(self, session: str) -> None:
@@ -38,6 +39,20 @@ class Desk:
         with self._lock:
             self._held.discard(session)
 
+    def pace(self, session: str, paced: bool) -> None:
+        """Whether the session's runs, this one and the next, wait for a click after every pass."""
+        with self._lock:
+            self._paced = self._paced | {session} if paced else self._paced - {session}
+        run = self.run(session)
+        if run is not None:
+            run.pace(paced)
+
+    def forget(self, session: str) -> None:
+        """The tab is gone."""
+        self.close(session)
+        with self._lock:
+            self._paced.discard(session)
+
     def stop(self, session: str) -> None:
         """End what the session waits for or runs; what was decoded stays readable."""
         self.release(session)
@@ -47,7 +62,7 @@ class Desk:
 
     def open(
         self, session: str, visitor: str, messages: Sequence[Mapping[str, str]], settings: Settings,
-        *, paced: bool = False, title: str = "", owner: str = "",
+        *, title: str = "", owner: str = "",
     ) -> Run:  # fmt: skip
         """Start a run; the caller must `close` the session's run when it stops listening. Raises `DFlashError`.
 
@@ -61,7 +76,7 @@ class Desk:
         try:
             run = Run(
                 pair, messages, settings.capped(self.limits.max_new_tokens),
-                turnstile=self._turnstile, owner=owner or session, paced=paced, title=title, decode=self.engine.decode,
+                turnstile=self._turnstile, owner=owner or session, paced=session in self._paced, title=title, decode=self.engine.decode,
                 check_tokens=self.limits.check_tokens, on_end=self.engine.give_back,
             )  # fmt: skip
         except BaseException:

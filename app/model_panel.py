@@ -46,7 +46,7 @@ def build(engine: Engine, limits: Limits, pairs: tuple[str, ...]) -> ModelPanel:
 def wire(panel: ModelPanel, status: gr.HTML, block_size: gr.Slider) -> None:
     """Connect the picker, the status line and the block-size slider, whose range is the draft's. Outside the sidebar."""
     # A timer inside a closed accordion never ticks.
-    timer, version = gr.Timer(LOADING_TICK_SECONDS), gr.State(-1)
+    timer, version = gr.Timer(LOADING_TICK_SECONDS), gr.Number(-1, visible=False)
 
     def chosen(name: str) -> gr.Group:
         return gr.Group(visible=name == CUSTOM)
@@ -55,18 +55,19 @@ def wire(panel: ModelPanel, status: gr.HTML, block_size: gr.Slider) -> None:
         told(lambda: _load(panel, name, target, draft))
         return gr.Timer(LOADING_TICK_SECONDS)
 
-    def tick(seen: int) -> tuple:
+    def tick(seen: int, chosen: int) -> tuple:
         now = panel.engine.status
         if now.version == seen:
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         if now.phase != "loading" and now.error is not None:
             warn(now.error)
         pace = LOADING_TICK_SECONDS if now.phase == "loading" else IDLE_TICK_SECONDS
-        return packed(status_line(now)), now.version, gr.Timer(pace), _slider(now)
+        return packed(status_line(now)), now.version, gr.Timer(pace), _slider(now, chosen)
 
     panel.pair.change(chosen, panel.pair, panel.custom, **QUIET)
     panel.load.click(load, [panel.pair, panel.target, panel.draft], timer, **QUIET)
-    timer.tick(tick, version, [status, version, timer, block_size], queue=False, **QUIET)
+    # Unchecked inputs: the slider's value may be of the draft before.
+    timer.tick(tick, [version, block_size], [status, version, timer, block_size], preprocess=False, **QUIET)
 
 
 def status_channel() -> gr.HTML:
@@ -100,9 +101,8 @@ def _load(panel: ModelPanel, name: str, target: str, draft: str) -> None:
     panel.engine.load(choice)
 
 
-def _slider(status: Status) -> gr.Slider:
+def _slider(status: Status, chosen: int) -> gr.Slider:
+    """The range of this draft; the reader's choice stays where the draft allows it."""
     if status.phase != "ready" or not status.block_size:
         return gr.Slider(interactive=status.phase == "ready")
-    return gr.Slider(minimum=2, maximum=status.block_size, value=status.block_size, interactive=True)
-
-
+    return gr.Slider(minimum=2, maximum=status.block_size, value=min(int(chosen), status.block_size), interactive=True)

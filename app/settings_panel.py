@@ -9,6 +9,7 @@ import gradio as gr
 from app.limits import Limits
 from app.settings import CUSTOM, PRESETS, Settings, preset_of
 from app.widgets import QUIET
+from dflash_core import DFlashError
 
 DEFAULT_BLOCK = 16
 
@@ -71,6 +72,27 @@ def build(limits: Limits, system: gr.Textbox) -> SettingsPanel:
     )
     _wire(panel)
     return panel
+
+
+def remember(panel: SettingsPanel, page: gr.Blocks) -> None:
+    """Keep the settings in the browser: written by every change without asking the server, read when the page opens."""
+    kept = gr.BrowserState(None, storage_key="dflash-settings", secret="dflash-settings-1")
+    names, widgets = list(panel.inputs), list(panel.inputs.values())
+
+    def restore(values: list[Any] | None) -> tuple:
+        nothing = (gr.skip(),) * (len(widgets) + 1)
+        if not isinstance(values, list) or len(values) != len(widgets):
+            return nothing
+        try:
+            settings = Settings.of(dict(zip(names, values))).capped(int(panel.max_new_tokens.maximum))
+        except DFlashError:
+            return nothing
+        # The block size belongs to the draft that is loaded now.
+        chosen = [gr.skip() if name == "block_size" else getattr(settings, name) for name in names]
+        return *chosen, preset_of(settings.temperature, settings.top_p, settings.top_k)
+
+    page.load(restore, kept, [*widgets, panel.preset], **QUIET)
+    gr.on([widget.change for widget in widgets], None, widgets, kept, js="(...values) => [values]", **QUIET)
 
 
 def _wire(panel: SettingsPanel) -> None:

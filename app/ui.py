@@ -5,7 +5,10 @@ from typing import Any
 
 import gradio as gr
 
-from app import api, charts_tab, chat_list, chat_tab, model_panel, render, settings_panel, theme, traces_tab, widgets
+from app import (
+    api, charts_tab, chat_list, chat_tab, learn_tab, model_panel, race_tab, render, settings_panel, suite_tab, theme, traces_tab,
+    widgets,
+)  # fmt: skip
 from app.desk import Desk
 from app.engine import Engine
 from app.limits import OPEN, Limits
@@ -39,12 +42,17 @@ def build(engine: Engine, limits: Limits = OPEN, pairs: tuple[str, ...] = PAIRS)
                 chat = chat_tab.build(chats)
             with gr.Tab("Charts", id="charts") as charts:
                 charts_tab.build(chat.xray, charts)
+            with gr.Tab("Race", id="race") as race:
+                suite_tab.build(race_tab.build(desk, settings, race))
+            with gr.Tab("Learn", id="learn"):
+                learn_tab.build(desk)
             with gr.Tab("Traces", id="traces"):
                 traces_tab.build(chat.xray)
         model_panel.wire(models, status, settings.block_size)
         shelf = chat_list.Shelf(chat.screen, chats, system)
         chat_tab.Wiring(desk, chat, settings, shelf).connect()
         shelf.wire(page)
+        settings_panel.remember(settings, page)
         page.unload(_leaving(desk))
         api.build(desk)
     page.queue(max_size=limits.queue_size, default_concurrency_limit=8, api_open=False)
@@ -56,9 +64,11 @@ def launch_options() -> dict[str, Any]:
     return {
         "theme": theme.theme(),
         "css": widgets.page_css(),
-        "head": render.app_head() + widgets.page_head(),
+        "head": render.app_head() + widgets.page_head() + race_tab.head() + learn_tab.head(),
         "footer_links": ["api", "gradio"],
         "run_history": False,
+        "enable_monitoring": False,
+        "pwa": True,
         "show_error": True,
         "max_threads": 80,
     }
@@ -76,6 +86,6 @@ def _head() -> gr.HTML:
 
 def _leaving(desk: Desk) -> Any:
     def leave(client: gr.Request) -> None:
-        desk.close(client.session_hash)
+        desk.forget(client.session_hash)
 
     return leave

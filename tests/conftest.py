@@ -82,7 +82,7 @@ def page(chromium: Any, served: Served) -> Iterator[Any]:
     """A fresh visitor on the scripted app, 1440 px wide. Fails the test on a script error."""
     context = chromium.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(8_000)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(served.url)

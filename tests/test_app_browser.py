@@ -18,16 +18,21 @@ STREAM = "#dfc-xray .dfx-text"
 
 
 def send(page, text, *, wait=True):
+    before = page.locator(".dfc-foot").count()
     page.fill(COMPOSER, text)
     page.press(COMPOSER, "Enter")
     if wait:
-        finished(page)
+        finished(page, before + 1)
 
 
-def finished(page):
-    """The reply is whole: its footer has numbers and the composer sends again."""
+def finished(page, replies=1):
+    """So many replies are whole: their footers have numbers, and the composer sends again."""
+    page.wait_for_function(
+        """least => { const all = [...document.querySelectorAll('.dfc-foot-numbers')];
+        return all.length >= least && all.every(f => /tok\\/s|first token/.test(f.textContent)) }""",
+        arg=replies,
+    )
     page.wait_for_selector("#dfc-composer .submit-button")
-    page.wait_for_function("() => [...document.querySelectorAll('.dfc-foot-numbers')].every(f => /tok\\/s|stopped/.test(f.textContent))")
 
 
 def writing(page, least=1):
@@ -93,7 +98,7 @@ def test_escape_stops_and_keeps_what_was_written(page, served):
         send(page, "tell me everything", wait=False)
         writing(page, 4)
         page.keyboard.press("Escape")
-        finished(page)
+        page.wait_for_selector(".dfc-foot-numbers >> text=stopped")
     assert served.stage.live == 0
     kept = replies(page)[-1]
     assert kept and DEFAULT_REPLY.startswith(kept) and kept != DEFAULT_REPLY.strip()
@@ -108,8 +113,8 @@ def test_retry_undo_and_edit(page, served):
     send(page, "say second")
     asked = len(served.stage.prompts)
     button(page, "Retry").click()
-    page.wait_for_selector(".dfc-foot-numbers >> text=writing", state="attached")
-    finished(page)
+    page.wait_for_function(f"() => document.querySelectorAll('.dfc-foot-show[hidden]').length === 1")
+    finished(page, 2)
     assert len(served.stage.prompts) == asked + 1 and replies(page) == ["first", "second"]
     button(page, "Undo").click()
     page.wait_for_function("() => document.querySelectorAll('.dfc-chat .bot-row').length === 1")
@@ -158,7 +163,7 @@ def test_settings_reach_the_decode(page, served):
     assert "length limit" in page.locator(".dfc-foot-numbers").inner_text()
     assert "system\nBe a pirate." in served.stage.prompts[-1]
     assert all(not event.drafted for event in served.stage.events[1:-1])
-    assert "not drafted" in page.locator("#dfc-xray").inner_text().lower() or page.locator("#dfc-xray .baseline, #dfc-xray.baseline").count() >= 0
+    assert page.locator("#dfc-xray .dfx.baseline").count() == 1
 
 
 def test_a_preset_sets_the_sliders_and_a_slider_leaves_it(page):
@@ -169,6 +174,18 @@ def test_a_preset_sets_the_sliders_and_a_slider_leaves_it(page):
     page.fill("#dfc-temperature input[type=number]", "0.3")
     page.press("#dfc-temperature input[type=number]", "Tab")
     page.wait_for_function("() => [...document.querySelectorAll('#dfc-preset label')].at(-1).querySelector('input').checked")
+
+
+def test_settings_survive_a_reload(page):
+    page.locator("#dfc-preset").get_by_text("Balanced").click()
+    page.fill("#dfc-max-tokens input[type=number]", "77")
+    page.press("#dfc-max-tokens input[type=number]", "Tab")
+    page.locator("#dfc-drafting input").uncheck()
+    page.wait_for_timeout(300)
+    page.reload()
+    page.wait_for_function("() => document.querySelector('#dfc-max-tokens input[type=number]')?.value === '77'")
+    assert not page.locator("#dfc-drafting input").is_checked()
+    assert page.locator("#dfc-preset input").nth(1).is_checked()
 
 
 # ---- keeping
@@ -270,17 +287,19 @@ def test_the_scrubber_goes_through_every_step(page, served):
 
 
 def test_step_by_step_waits_for_each_click(page, served):
+    send(page, "say hi")
     page.get_by_role("button", name="Step by step").click()
+    page.wait_for_timeout(300)
     send(page, "tell me slowly", wait=False)
     page.wait_for_selector(".dfc-note >> text=Paused")
     for steps in (1, 2, 3):
         page.wait_for_timeout(250)
         assert len(served.stage.events) == steps, "it went on by itself"
-        page.get_by_role("button", name="Next step").click()
+        page.get_by_role("button", name="Next step", exact=True).click()
         page.wait_for_function(f"() => dflashXray('#dfc-xray').info.steps === {steps}")
     page.get_by_role("button", name="Step by step").click()
-    finished(page)
-    assert replies(page) == [DEFAULT_REPLY.strip()]
+    finished(page, 2)
+    assert replies(page) == ["hi", DEFAULT_REPLY.strip()]
 
 
 # ---- safety
@@ -303,7 +322,7 @@ def test_model_text_never_becomes_markup(page, served, text):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     with paced(served.stage, 2000):
         page.locator("#dfc-max-tokens input[type=number]").fill("4096")
-        served.stage.reply = text * (1 if len(text) < 5000 else 1)
+        served.stage.reply = text
         try:
             send(page, "go")
         finally:
@@ -318,9 +337,9 @@ def test_model_text_never_becomes_markup(page, served, text):
         assert stream_text(page).startswith(text)
         button(page, "Copy message").click()
         page.wait_for_timeout(150)
-        assert page.evaluate("() => navigator.clipboard.readText()").replace("\r\n", "\n").startswith(text.replace("\x00", "")[:1])
-        if "\x00" not in text:
-            assert page.evaluate("() => navigator.clipboard.readText()").replace("\r\n", "\n") == text
+        copied = page.evaluate("() => navigator.clipboard.readText()").replace("\r\n", "\n")
+        # A clipboard ends its text at a NUL.
+        assert copied == text.split("\x00")[0] or copied == text
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -353,10 +372,6 @@ def test_a_run_that_breaks_keeps_its_text_and_says_why(page, served):
 
 
 def test_a_run_that_never_starts_gives_the_message_back(page, served):
-    served.stage.step_error = (0, DFlashError("It broke at once.", "", "Try again."))
-    page.fill("#dfc-max-tokens input[type=number]", "1")
-    page.evaluate("() => 0")
-    served.stage.step_error = None
     page.fill(COMPOSER, "x" * 10)
     real, served.app.desk.limits = served.app.desk.limits, type(served.app.desk.limits)(prompt_characters=5)
     try:
@@ -394,7 +409,7 @@ def test_switching_the_pair_and_failing_to(chromium):
         page.goto(served.url)
         page.wait_for_selector(".dfc-status >> text=blocks of 8")
         stage.block_size = 4
-        page.get_by_role("button", name="Model", exact=True).click()
+        page.get_by_role("button", name="Model").first.click()
         page.click("#dfc-pair input")
         page.get_by_role("option", name="qwen3-4b").click()
         page.click("#dfc-load")
@@ -456,7 +471,7 @@ def test_dark_mode_is_remembered(page):
     light = page.evaluate(ground)
     page.click("#dfc-scheme")
     page.wait_for_function("() => document.body.classList.contains('dark')")
-    assert page.evaluate(ground) != light
+    page.wait_for_function(f"light => ({ground})() !== light", arg=light)
     page.reload()
     page.wait_for_selector(COMPOSER)
     page.wait_for_function("() => document.body.classList.contains('dark')")

@@ -22,7 +22,11 @@ function makeFooter(row) {
   const footer = element('div', 'dfc-foot');
   const show = element('button', 'dfc-foot-show', 'X-ray');
   show.type = 'button';
-  show.addEventListener('click', () => row.querySelector('[data-testid="bot"]').click());
+  show.addEventListener('click', () => {
+    row.querySelector('[data-testid="bot"]').click();
+    const xray = document.getElementById('dfc-xray');
+    if (xray.getBoundingClientRect().top >= innerHeight * 0.5) xray.scrollIntoView({block: 'start'});
+  });
   footer.append(element('span', 'dfc-foot-numbers'), show, element('div', 'dfc-foot-warning'));
   row.querySelector('.flex-wrap').append(footer);
   return footer;
@@ -161,6 +165,8 @@ function focusComposer() {
 const SCHEME = 'dflash-scheme';
 function applyScheme(dark) {
   document.body.classList.toggle('dark', dark);
+  // Gradio fixed the ground's colour when the page opened.
+  document.body.style.background = 'var(--body-background-fill)';
 }
 function toggleScheme() {
   const dark = !document.body.classList.contains('dark');
