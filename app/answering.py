@@ -21,7 +21,7 @@ LOAD_POLL_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """The widgets a reply changes. `locked` must not be used while it is written."""
+    """The widgets a reply changes. `locked` rests while it is written; keeping the chat frees it."""
 
     composer: gr.Textbox
     chatbot: gr.Chatbot
@@ -82,7 +82,7 @@ def _opening(screen: Screen, request: Request) -> dict[Any, Any]:
         screen.note: packed({"text": ""}),
         screen.xray: "",
         screen.selected: "",
-        **_lock(screen, False),
+        **{widget: type(widget)(interactive=False) for widget in screen.locked},
     }
 
 
@@ -131,7 +131,6 @@ def _closing(desk: Desk, screen: Screen, request: Request, run: Run | None) -> d
         screen.note: packed({"text": ""}),
         screen.selected: selected,
         **({screen.xray: ""} if nothing else {}),
-        **_lock(screen, True),
     }
 
 
@@ -142,10 +141,6 @@ def _with_reply(desk: Desk, conversation: Conversation, run: Run) -> tuple[Conve
         baseline_seconds=desk.engine.status.baseline_seconds,
     )  # fmt: skip
     return answered(conversation, reply_id, run.text, numbers), reply_id
-
-
-def _lock(screen: Screen, free: bool) -> dict[Any, Any]:
-    return {widget: type(widget)(interactive=free) for widget in screen.locked}
 
 
 def request_of(conversation: Conversation, before: Conversation, settings: Settings, client: gr.Request) -> Request:

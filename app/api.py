@@ -1,6 +1,5 @@
 """The documented endpoints for programs, `/chat` and `/steps`; they stand in the same queue as everybody else."""
 
-import json
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -20,9 +19,9 @@ CHAT_HELP = """Answer one message and return the reply as plain text.
 
 message: what to answer. system: how to answer it. max_new_tokens, temperature, top_p, top_k, seed (negative draws one),
 drafting and block_size (slots per block, 0 takes the draft's own) as in the app. Runs wait their turn, one at a time."""
-STEPS_HELP = """Answer one message and stream how it was made: each output is the list of events since the output before.
+STEPS_HELP = """Answer one message and stream how it was made: each output is the events since the output before, one a line.
 
-An event is a JSON object with "t": "prefill" (prompt_tokens, first_token, seconds), "step" (one verify pass: anchor, drafted,
+A line is a JSON object with "t": "prefill" (prompt_tokens, first_token, seconds), "step" (one verify pass: anchor, drafted,
 posterior, accepted, correction, committed, confidences, draft_seconds, verify_seconds), "finish" (reason, new_tokens, steps,
 seconds) or "cancel". "piece", "pieces" and "tail" hold the text of its tokens. Inputs as for /chat."""
 
@@ -40,7 +39,7 @@ def build(desk: Desk) -> None:
     def steps(
         message: str, client: gr.Request, system: str = "", max_new_tokens: int = 256, temperature: float = 0.0,
         top_p: float = 1.0, top_k: int = 0, seed: int = -1, drafting: bool = True, block_size: int = 0,
-    ) -> Iterator[list]:  # fmt: skip
+    ) -> Iterator[str]:  # fmt: skip
         yield from _deltas(desk, client, message, system, _settings(locals()))
 
     shared = {"concurrency_limit": 16, "concurrency_id": "api"}
@@ -84,16 +83,15 @@ def _whole_reply(desk: Desk, client: gr.Request, message: str, system: str, give
         desk.close(session)
 
 
-def _deltas(desk: Desk, client: gr.Request, message: str, system: str, given: dict[str, Any]) -> Iterator[list]:
+def _deltas(desk: Desk, client: gr.Request, message: str, system: str, given: dict[str, Any]) -> Iterator[str]:
     session, run = _told(lambda: _open(desk, client, message, system, given))
     try:
         # The header tells nothing that the caller did not.
         sent = run.ndjson.index("\n") + 1
         for frame in frames(run):
-            trace = frame.trace or ""
-            events, sent = [json.loads(line) for line in trace[sent:].splitlines()], max(sent, len(trace))
-            if events:
-                yield events
+            if frame.trace is not None and len(frame.trace) > sent:
+                yield frame.trace[sent:]
+                sent = len(frame.trace)
         if run.error is not None:
             raise gr.Error(str(run.error), print_exception=False)
     finally:

@@ -32,7 +32,7 @@ class ChatList:
 
     @property
     def locked(self) -> tuple[Any, ...]:
-        """What must rest while a reply is written."""
+        """What must rest from the moment a question is sent until its reply is kept; the list comes first."""
         return self.chats, self.new, self.delete, self.load
 
 
@@ -80,7 +80,7 @@ class Shelf:
         extra = [screen.selected, screen.xray] if reply else []
         return event.then(
             self._shelved, [self.list.shelf, screen.conversation, *extra],
-            [screen.conversation, self.list.chats, self.list.title], js=SHELVE_REPLY if reply else SHELVE, **QUIET,
+            [screen.conversation, self.list.title, *self.list.locked], js=SHELVE_REPLY if reply else SHELVE, **QUIET,
         )  # fmt: skip
 
     def show_trace(self, event: Any) -> Any:
@@ -140,11 +140,14 @@ class Shelf:
         return self._booted(shelf)
 
     def _shelved(self, shelf: dict[str, Any] | None, *_: None) -> tuple:
+        _, *others = self.list.locked
+        free = [type(widget)(interactive=True) for widget in others]
         # The browser could not keep the chat: it stays on screen, and the list as it was.
         if not shelf:
-            return (gr.skip(),) * 3
+            return gr.skip(), gr.skip(), gr.Radio(interactive=True), *free
         current = shelf["current"]
-        return current, gr.Radio(choices(shelf["index"], current), value=current["id"]), current["title"]
+        chats = gr.Radio(choices(shelf["index"], current), value=current["id"], interactive=True)
+        return current if shelf.get("forked") else gr.skip(), current["title"], chats, *free
 
 
 def _read_upload(path: str) -> dict[str, Any]:

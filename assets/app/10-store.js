@@ -136,7 +136,7 @@ async function saveTurn(conversation, id, trace) {
   }
   const saved = await saveConversation(conversation);
   if (id && trace) await store.put('traces', {id, conversation: saved.id, ndjson: trace});
-  return {index: await index(), current: saved};
+  return {index: await index(), current: saved, forked: saved.id !== conversation.id};
 }
 
 // A question is kept while its reply is written, so that a closed tab does not lose it.
