@@ -20,10 +20,12 @@ class OracleDrafter:
         self.steps = 0
         self.fed = 0
         self.prompt_tokens: int | None = None
+        self.device: torch.device | None = None
 
     def commit(self, features: Tensor | None) -> None:
         if features is None:
             return
+        self.device = features.device
         if self.prompt_tokens is None:
             self.prompt_tokens = features.shape[1]
         else:
@@ -38,7 +40,7 @@ class OracleDrafter:
         right = self.right_of(self.steps)
         self.steps += 1
         tokens = [t if i < right else (t + 1) % self.vocab_size for i, t in enumerate(future)]
-        logits = torch.full((k, self.vocab_size), -20.0)
+        logits = torch.full((k, self.vocab_size), -20.0, device=self.device)
         logits[torch.arange(k), torch.tensor(tokens)] = 20.0
         return logits
 
