@@ -9,8 +9,8 @@ from app.turn import Run
 # Measured: the X-ray takes 20 updates a second, 10 when its trace is long; a bubble re-renders its whole Markdown.
 FAST_SECONDS, SLOW_SECONDS = 0.05, 0.1
 LONG_TOKENS = 6000
-BUBBLE_SECONDS, LONG_BUBBLE_SECONDS = 0.1, 0.4
-LONG_BUBBLE_CHARACTERS = 6000
+# A bubble's cost grows with its text: ten a second at first, then no more than so many characters a second.
+BUBBLE_SECONDS, BUBBLE_CHARACTERS_PER_SECOND = 0.1, 15_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,10 @@ class Frame:
 
 
 def frames(run: Run, clock: Callable[[], float] = time.monotonic) -> Iterator[Frame]:
-    """Frames until the run ends; the last one has everything. Closing the generator stops the run."""
+    """Frames until the run ends; the last one has the whole trace, the whole text is then `run.text`.
+
+    Closing the generator stops the run.
+    """
     seen = Frame("", "", "")
     bubble_due = 0.0
     try:
@@ -33,11 +36,11 @@ def frames(run: Run, clock: Callable[[], float] = time.monotonic) -> Iterator[Fr
             text = run.text if now >= bubble_due else seen.text
             frame = Frame(_changed(trace, seen.trace), _changed(text, seen.text), _changed(note, seen.note))
             if frame.text is not None:
-                bubble_due = now + (LONG_BUBBLE_SECONDS if len(text) > LONG_BUBBLE_CHARACTERS else BUBBLE_SECONDS)
+                bubble_due = now + max(BUBBLE_SECONDS, len(text) / BUBBLE_CHARACTERS_PER_SECOND)
             if frame != Frame():
                 seen = Frame(trace, text, note)
                 yield frame
-        yield Frame(run.ndjson, run.text, "", last=True)
+        yield Frame(run.ndjson, None, "", last=True)
     finally:
         run.close()
 

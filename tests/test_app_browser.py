@@ -209,11 +209,13 @@ def test_several_chats_new_open_rename_delete(page):
     page.click("#dfc-new")
     page.wait_for_function("() => !document.querySelector('.message-row')")
     send(page, "say two")
-    page.wait_for_function("() => document.querySelectorAll('#dfc-chats label').length === 2")
+    page.wait_for_selector("#dfc-chats label:has(input:enabled) >> text=say two")
     page.locator("#dfc-chats label", has_text="say one").click()
     page.wait_for_function(f"() => document.querySelector('{REPLY}')?.innerText.trim() === 'one'")
     page.wait_for_function("() => dflashXray('#dfc-xray').info.text.startsWith('one')")
     page.get_by_role("button", name="This chat").click()
+    page.wait_for_function("() => document.querySelector('#dfc-title input')?.value === 'say one'")
+    page.wait_for_timeout(200)
     page.fill("#dfc-title input, #dfc-title textarea", "Numbers")
     page.press("#dfc-title input, #dfc-title textarea", "Enter")
     page.wait_for_selector("#dfc-chats label >> text=Numbers")
@@ -547,3 +549,70 @@ def test_a_damaged_trace_is_a_readable_toast(page, tmp_path):
     page.get_by_role("tab", name="Traces").click()
     page.set_input_files("#dfc-trace-open input[type=file], input[type=file][accept*=ndjson]", bad)
     page.wait_for_selector(".toast-wrap >> text=newer version")
+
+
+# ---- pace
+
+STRESS_STEPS, STRESS_RATE = 2000, 150.0
+
+
+def decode_seconds(stage, pair, ids, params):
+    """How long the scripted decode takes with nobody listening."""
+    start = time.perf_counter()
+    for _ in stage.decode(pair, ids, params):
+        pass
+    return time.perf_counter() - start
+
+
+def test_the_page_keeps_up_with_150_steps_a_second(chromium):
+    """2,000 steps: no step lost, the last token there within 0.3 s, no long task, the decode unhurried by the page."""
+    from app.settings import Settings
+    from app.turn import prompt_ids
+
+    stage = Stage(steps_per_second=STRESS_RATE)
+    words = stage.tokenizer(DEFAULT_REPLY * 200, add_special_tokens=False)["input_ids"][: round(STRESS_STEPS * 4.5)]
+    stage.reply = stage.tokenizer.decode(words)
+    served = serve_stage(stage)
+    try:
+        page = chromium.new_page(viewport={"width": 1440, "height": 900})
+        page.goto(served.url)
+        page.wait_for_selector(".dfc-status[data-phase=ready]")
+        page.locator("#dfc-max-tokens input[type=number]").fill("4096")
+        served.app.desk.limits = type(served.app.desk.limits)(max_new_tokens=20_000)
+        page.evaluate(
+            """() => { window.longest = 0; new PerformanceObserver(list => { for (const task of list.getEntries())
+            window.longest = Math.max(window.longest, task.duration) }).observe({type: 'longtask'});
+            window.ended = 0; dflashXray('#dfc-xray').on('end', () => { window.ended = window.ended || Date.now() }) }"""
+        )
+        page.wait_for_timeout(300)
+        page.evaluate("() => { window.longest = 0 }")
+        served.app.desk.open, real = _with_tokens(served.app.desk.open, 20_000), served.app.desk.open
+        start = time.perf_counter()
+        send(page, "everything", wait=False)
+        page.wait_for_function("() => window.ended", timeout=60_000)
+        late = page.evaluate("() => window.ended") / 1000 - stage.finished_at
+        served.app.desk.open = real
+        steps, longest = page.evaluate("() => [dflashXray('#dfc-xray').info.steps, window.longest]")
+        text = stream_text(page)
+    finally:
+        served.close()
+    watched = stage.events[-1].seconds
+    pair = stage.load("stage", progress=lambda *_: None)
+    ids = prompt_ids(pair, [{"role": "user", "content": "everything"}])
+    alone = decode_seconds(stage, pair, ids, Settings(max_new_tokens=20_000).params())
+    print(f"{steps} steps in {watched:.2f} s ({watched / alone:.3f} of alone), late {late:.3f} s, longest task {longest:.0f} ms")
+    assert steps == len(stage.events) - 2 and steps >= STRESS_STEPS * 0.99
+    assert text.startswith(stage.reply[:1000]) and stage.reply[-1000:] in text
+    assert late <= 0.3
+    assert longest <= 200
+    assert alone / watched >= 0.95
+    assert time.perf_counter() - start < 90
+
+
+def _with_tokens(open_run, tokens):
+    """The desk's `open` for replies longer than the slider allows."""
+    from dataclasses import replace
+
+    return lambda session, visitor, messages, settings, **rest: open_run(
+        session, visitor, messages, replace(settings, max_new_tokens=tokens), **rest
+    )

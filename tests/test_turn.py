@@ -70,11 +70,12 @@ def test_a_run_records_every_event_and_the_text(stage):
 
 def test_frames_end_with_everything_and_grow_from_each_other(stage):
     stage.steps_per_second = 100
-    seen = list(frames(start(stage, LONG)))
+    run = start(stage, LONG)
+    seen = list(frames(run))
     traces = [frame.trace for frame in seen if frame.trace is not None]
     assert len(traces) > 3
     assert all(later.startswith(earlier) for earlier, later in zip(traces, traces[1:]))
-    assert seen[-1].last and seen[-1].text == stage.reply
+    assert seen[-1].last and run.text == stage.reply
     assert len(parse(seen[-1].trace).events) == len(stage.events)
 
 
