@@ -15,7 +15,7 @@ from app.trace import Recorder, Trace, new_header, parse, save
 from app.turn import prompt_ids
 from dflash_core import DFlashError, Pair, decode, load_pair
 
-PROMPT = "Explain what a black hole is to a ten-year-old."
+PROMPT = "Write a Python function that reverses a list."
 WARM_UP_TOKENS = 16
 
 
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
             settings = Settings(max_new_tokens=chosen.max_new_tokens, drafting=drafting, block_size=block_size)
             trace = record(pair, chosen.prompt, settings)
             chosen.folder.mkdir(parents=True, exist_ok=True)
-            print(f"{save(trace, chosen.folder / f'{name}.ndjson')}: {trace.stats.new_tokens} tokens, τ {trace.stats.tau:.2f}")
+            path = save(trace, chosen.folder / f"{name}.ndjson")
+            print(f"{path}: {trace.stats.new_tokens} tokens, τ {trace.stats.tau:.2f}")
     except DFlashError as error:
         print(error, file=sys.stderr)
         return 1
