@@ -129,73 +129,93 @@ def tour() -> dict[str, Any]:
 
 def cards(plain: Trace, drafted: Trace) -> tuple[Card, ...]:
     """The tour, its numbers taken from the two recordings."""
-    steps, at = _steps(drafted), moments(drafted)
-    measured = costs(plain, drafted)
-    example, k = steps[at.some], measured.block_size - 1
+    return (*_drafting_cards(plain, drafted), *_checking_cards(plain, drafted), *_payoff_cards(plain, drafted))
+
+
+def _drafting_cards(plain: Trace, drafted: Trace) -> tuple[Card, ...]:
+    at, measured = moments(drafted), costs(plain, drafted)
+    example, k = _steps(drafted)[at.some], measured.block_size - 1
     return (
         Card("slow", "One token at a time", (
-            "A language model writes by running once per token. Every run, a **forward pass**, reads all of the model's weights "
-            "from memory to produce a single token. Reading them, not computing with them, usually takes most of the time.",
-            f"This is **plain decoding**, replayed as it was measured: after the prompt, {plain.stats.committed} tokens took "
-            f"{plain.stats.steps} passes of about {_ms(measured.plain_seconds)} each.",
-            "A pass over several tokens reads the same weights only once, so it costs far less than as many single passes. "
-            "That is the room DFlash makes use of.",
+            "A language model writes by running once per token. Every run, a **forward pass**, reads all of the "
+            "model's weights from memory to produce a single token. Reading them, not computing with them, usually "
+            "takes most of the time.",
+            f"This is **plain decoding**, replayed as it was measured: after the prompt, {plain.stats.committed} "
+            f"tokens took {plain.stats.steps} passes of about {_ms(measured.plain_seconds)} each.",
+            "A pass over several tokens reads the same weights only once, so it costs far less than as many single "
+            "passes. That is the room DFlash makes use of.",
         ), trace="plain", speed=1.0),
         Card("masks", "A block of masks", (
-            f"Beside the **target**, the model whose text we want, works a small **draft model**. It is given a **block**: the "
-            f"**anchor**, which is the last token written so far, and {k} masked slots (▒) after it.",
+            "Beside the **target**, the model whose text we want, works a small **draft model**. It is given a "
+            f"**block**: the **anchor**, which is the last token written so far, and {k} masked slots (▒) after it.",
             "The draft model's task is to say what stands behind the masks.",
         ), beats=(Beat(at.some, "mask"),)),
         Card("fill", "One parallel fill", (
-            "An ordinary draft model would guess token after token, one pass for each. DFlash's draft model is a small "
-            f"**block diffusion** model: it fills all {k} slots in **one** pass.",
-            f"Here that took {_ms(example.draft_seconds)}. The bars show how sure it was of each guess: later slots are harder, "
-            "because the words just before them are not known yet.",
+            "An ordinary draft model would guess token after token, one pass for each. DFlash's draft model is a "
+            f"small **block diffusion** model: it fills all {k} slots in **one** pass.",
+            f"Here that took {_ms(example.draft_seconds)}. The bars show how sure it was of each guess: later slots "
+            "are harder, because the words just before them are not known yet.",
         ), beats=(Beat(at.some, "mask"), Beat(at.some, "draft"))),
         Card("context", "It knows what the target knows", (
-            "From the text alone a small model would guess badly. DFlash lets it read the target's **hidden states**: features "
-            "taken from several of the target's layers are combined and given to every layer of the draft model as keys and "
-            "values to attend to.",
-            "The picture shows who attends to whom. Each slot sees all of the context before the anchor, and the whole block in "
-            "both directions. The target, when it checks, sees only what comes before, as always.",
+            "From the text alone a small model would guess badly. DFlash lets it read the target's **hidden "
+            "states**: features taken from several of the target's layers are combined and given to every layer of "
+            "the draft model as keys and values to attend to.",
+            "The picture shows who attends to whom. Each slot sees all of the context before the anchor, and the "
+            "whole block in both directions. The target, when it checks, sees only what comes before, as always.",
         ), beats=(Beat(at.some, "draft"),), extra="attention"),
+    )  # fmt: skip
+
+
+def _checking_cards(plain: Trace, drafted: Trace) -> tuple[Card, ...]:
+    steps, at, measured = _steps(drafted), moments(drafted), costs(plain, drafted)
+    example, k = steps[at.some], measured.block_size - 1
+    return (
         Card("verify", "One verify pass", (
-            f"Now the target runs once over the anchor and all {k} guesses together. This one pass tells what it would have "
-            f"written itself after each of the {k + 1} slots: its **posterior**, the lower row.",
+            f"Now the target runs once over the anchor and all {k} guesses together. This one pass tells what it "
+            f"would have written itself after each of the {k + 1} slots: its **posterior**, the lower row.",
             f"It took {_ms(example.verify_seconds)}; a pass over a single token takes {_ms(measured.plain_seconds)}.",
         ), beats=(Beat(at.some, "draft"), Beat(at.some))),
         Card("prefix", "The accepted prefix", (
             "Compare the two rows from the left. As long as they agree, the guesses are **accepted** (✓).",
-            "At the first disagreement the target's own token takes the place of the guess: the **correction** (▲). Whatever was "
-            "guessed after it continues a text that is not being written, so it is thrown away (✗).",
+            "At the first disagreement the target's own token takes the place of the guess: the **correction** (▲). "
+            "Whatever was guessed after it continues a text that is not being written, so it is thrown away (✗).",
             _outcome(example),
         ), beats=(Beat(at.some),)),
         _bonus_card(steps, at, k),
         Card("exact", "Why the text stays the same", (
-            "Nothing stays that the target did not choose. An accepted guess is the token it would have written anyway, and a "
-            "correction is its own. With greedy decoding the reply is the plain one, token for token. When sampling, the "
-            "acceptance rule keeps the target's probabilities exactly.",
+            "Nothing stays that the target did not choose. An accepted guess is the token it would have written "
+            "anyway, and a correction is its own. With greedy decoding the reply is the plain one, token for token. "
+            "When sampling, the acceptance rule keeps the target's probabilities exactly.",
             _same_text(plain, drafted),
-            "One thing to know: in low precision a block and a single token run through slightly different arithmetic, so two "
-            "almost equal choices can swap. The Race tab finds such places and shows how close the choices were.",
+            "One thing to know: in low precision a block and a single token run through slightly different "
+            "arithmetic, so two almost equal choices can swap. The Race tab finds such places and shows how close "
+            "the choices were.",
         ), beats=(Beat(len(steps) - 1),)),
+    )  # fmt: skip
+
+
+def _payoff_cards(plain: Trace, drafted: Trace) -> tuple[Card, ...]:
+    steps, at, measured = _steps(drafted), moments(drafted), costs(plain, drafted)
+    return (
         Card("speed", "What it buys", (
-            "Two numbers decide. The **acceptance length τ** is how many tokens a verify pass commits on average, the correction "
-            f"or bonus included: {measured.tau:.2f} in this recording. The price of a step is one draft pass and one verify pass.",
-            "Plain decoding pays one pass per token. So the speed-up is **τ × plain pass ÷ (draft pass + verify pass)**. "
-            "Move the sliders; the app can measure your machine.",
+            "Two numbers decide. The **acceptance length τ** is how many tokens a verify pass commits on average, "
+            f"the correction or bonus included: {measured.tau:.2f} in this recording. The price of a step is one "
+            "draft pass and one verify pass.",
+            "Plain decoding pays one pass per token. So the speed-up is **τ × plain pass ÷ (draft pass + verify "
+            "pass)**. Move the sliders; the app can measure your machine.",
         ), beats=(Beat(len(steps) - 1),), extra="whatif"),
         Card("limits", "When it does not pay", (
-            "When few guesses are accepted, most of the block is wasted work. Below the break-even τ, where a step costs more than "
-            "the plain passes it saves, drafting is slower than plain decoding.",
+            "When few guesses are accepted, most of the block is wasted work. Below the break-even τ, where a step "
+            "costs more than the plain passes it saves, drafting is slower than plain decoding.",
             "**Unpredictable text.** Names, numbers and topics far from what the draft model was trained on.",
             "**High temperature.** The target itself becomes harder to predict.",
-            "**Weak or busy hardware.** Where arithmetic is scarce, checking a long block costs clearly more than one token. "
-            "Shorter blocks help: choose the block size in the sidebar, or let the Race tab compare several.",
+            "**Weak or busy hardware.** Where arithmetic is scarce, checking a long block costs clearly more than "
+            "one token. Shorter blocks help: choose the block size in the sidebar, or let the Race tab compare "
+            "several.",
         ), beats=(Beat(at.fewest),), extra="whatif"),
         Card("game", "Your turn", (
-            "The draft model has filled a block. How many of its guesses, counted from the left, will the target accept? "
-            "Read the text so far, look at the bars, and choose.",
+            "The draft model has filled a block. How many of its guesses, counted from the left, will the target "
+            "accept? Read the text so far, look at the bars, and choose.",
         ), extra="game"),
         Card("more", "Go on", (
             "Chat with a model and watch its blocks in the X-ray, or race it against plain decoding on this machine.",
@@ -208,14 +228,15 @@ def _bonus_card(steps: Sequence[Step], at: Moments, k: int) -> Card:
     worst = (
         "And when already the first guess is wrong, the correction still joins the text"
         if fewest == 0
-        else f"In the hardest step of this recording {_plural(fewest, 'guess', 'guesses')} {'was' if fewest == 1 else 'were'} right"
+        else f"In the hardest step of this recording {_plural(fewest, 'guess was', 'guesses were')} right"
     )
     best = (
-        f"Here all {k} guesses were right. The pass has told the target's choice after the last slot too, so it is added: the "
+        f"Here all {k} guesses were right. The pass has told the target's choice after the last slot too, so it is "
+        "added: the "
         f"**bonus** (★). One pass, {k + 1} tokens."
         if at.all is not None
-        else f"When all {k} guesses are right, the target's choice after the last slot is added too: the **bonus** (★). "
-        f"One pass would then write {k + 1} tokens; it did not happen in this recording."
+        else f"When all {k} guesses are right, the target's choice after the last slot is added too: the "
+        f"**bonus** (★). One pass would then write {k + 1} tokens; it did not happen in this recording."
     )
     first = (Beat(at.all, "draft"), Beat(at.all, milliseconds=4000)) if at.all is not None else ()
     text = (best, f"{worst}: a verify pass never writes fewer tokens than a plain one.")
@@ -225,7 +246,11 @@ def _bonus_card(steps: Sequence[Step], at: Moments, k: int) -> Card:
 def _outcome(step: Step) -> str:
     if step.accepted == len(step.drafted):
         return "Here every guess was accepted."
-    accepted = "No guess was accepted here" if not step.accepted else f"Here {_plural(step.accepted, 'guess was', 'guesses were')} accepted"
+    accepted = (
+        "No guess was accepted here"
+        if not step.accepted
+        else f"Here {_plural(step.accepted, 'guess was', 'guesses were')} accepted"
+    )
     return f"{accepted}: with the correction, one pass wrote {_plural(step.accepted + 1, 'token', 'tokens')}."
 
 

@@ -21,7 +21,8 @@ MEASURED_TOKENS, MEASURED_REPEATS = 48, 2
 QUESTION = "Explain what a black hole is to a ten-year-old."
 SCRIPT = """
 const host = element.querySelector('.dfc-host');
-const draw = () => props.value && window.dflashApp.drawTour(host, JSON.parse(props.value), () => trigger("measure", {}));
+const measure = () => trigger("measure", {});
+const draw = () => props.value && window.dflashApp.drawTour(host, JSON.parse(props.value), measure);
 draw();
 watch('value', draw);
 """
@@ -35,9 +36,14 @@ def build(desk: Desk) -> None:
         gr.Markdown(f"The tour's recordings cannot be read. {error} Install the app again.", elem_classes="dfc-hint")
         return
     stage = gr.HTML(
-        value, html_template='<div class="dfc-host"></div>', js_on_load=SCRIPT, apply_default_css=False, container=False,
-        padding=False, elem_id="dfl-stage",
-    )  # fmt: skip
+        value,
+        html_template='<div class="dfc-host"></div>',
+        js_on_load=SCRIPT,
+        apply_default_css=False,
+        container=False,
+        padding=False,
+        elem_id="dfl-stage",
+    )
     measured = channel("drawCosts", None, elem_id="dfl-measured")
 
     def measure(client: gr.Request) -> str:
@@ -62,7 +68,9 @@ def measure_costs(desk: Desk, client: Any) -> Costs:
     """One pass of each kind on this machine: a short race of plain decoding and DFlash. Raises `DFlashError`."""
     status = desk.engine.status
     if status.phase != "ready":
-        raise status.error or RaceError("No pair is ready.", f"The model is {status.phase}.", "Measure again when it is loaded.")
+        raise status.error or RaceError(
+            "No pair is ready.", f"The model is {status.phase}.", "Measure again when it is loaded."
+        )
     messages = ({"role": "user", "content": QUESTION},)
     settings = Settings(max_new_tokens=MEASURED_TOKENS)
     request = Request(f"{client.session_hash}-costs", visitor_of(client), client.session_hash, messages, settings)

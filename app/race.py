@@ -243,6 +243,8 @@ def conclude(
         if found is not None:
             gap = (gaps or {}).get(lane.key)
             found = Difference(found.position, found.plain_token, found.token, gap)
-        speedups = tuple(mine.tokens_per_second / theirs.tokens_per_second for mine, theirs in zip(own, plain, strict=True))
+        speedups = tuple(
+            mine.tokens_per_second / theirs.tokens_per_second for mine, theirs in zip(own, plain, strict=True)
+        )
         results.append(LaneResult(lane, own, speedups, compared, found))
     return Result(tuple(results), dict(facts))

@@ -1,4 +1,4 @@
-"""Paints a race's verdict as one picture to share, 1200 × 630; knows no widget and claims nothing the verdict does not."""
+"""Paints a race's verdict as a picture to share, 1200 × 630; claims nothing the verdict does not, knows no widget."""
 
 import io
 from functools import cache
@@ -17,15 +17,23 @@ GROUND, PANEL, EDGE = "#0f1419", "#18202b", "#2b3644"
 INK, SOFT = "#f3f4f6", "#aab6c3"
 TONES = {"faster": "#56B4E9", "slower": "#F0B840", "even": "#d5dbe2"}
 KINDS = {"accepted": "#56B4E9", "correction": "#F0B840", "bonus": "#F0B840", "first": "#7d8998", "plain": "#7d8998"}
-IDENTITY = {"same": "Identical output, token for token", "rounding": "Output differs at a rounding tie only",
-            "differs": "Output differs from plain decoding", "unknown": "Sampled: outputs not compared"}  # fmt: skip
+IDENTITY = {
+    "same": "Identical output, token for token",
+    "rounding": "Output differs at a rounding tie only",
+    "differs": "Output differs from plain decoding",
+    "unknown": "Sampled: outputs not compared",
+}
 
 # Regular and bold of the families that systems come with, best first.
 FAMILIES = (
-    ("Inter-Regular.ttf", "Inter-Bold.ttf"), ("segoeui.ttf", "segoeuib.ttf"), ("NotoSans-Regular.ttf", "NotoSans-Bold.ttf"),
-    ("LiberationSans-Regular.ttf", "LiberationSans-Bold.ttf"), ("Arial.ttf", "Arial Bold.ttf"), ("arial.ttf", "arialbd.ttf"),
+    ("Inter-Regular.ttf", "Inter-Bold.ttf"),
+    ("segoeui.ttf", "segoeuib.ttf"),
+    ("NotoSans-Regular.ttf", "NotoSans-Bold.ttf"),
+    ("LiberationSans-Regular.ttf", "LiberationSans-Bold.ttf"),
+    ("Arial.ttf", "Arial Bold.ttf"),
+    ("arial.ttf", "arialbd.ttf"),
     ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"),
-)  # fmt: skip
+)
 # What Pillow's own font cannot draw.
 PLAIN_SIGNS = str.maketrans({"×": "x", "τ": "tau", "–": "-", "…": "...", "‘": "'", "’": "'", "≈": "~"})
 
@@ -47,13 +55,22 @@ def card(result: Result) -> bytes:
     canvas.mark((MARGIN, 532), mark, colour if mark == "identical" else KINDS["correction"])
     canvas.text((MARGIN + 36, 525), _told(words, result), 25, INK)
     facts = result.facts
-    canvas.text((MARGIN, 567), f"{facts['pair']} · {facts['device']} · {facts['dtype']} · “{facts['prompt']}”", 22, SOFT,
-                until=WIDTH - MARGIN)  # fmt: skip
+    canvas.text(
+        (MARGIN, 567),
+        f"{facts['pair']} · {facts['device']} · {facts['dtype']} · “{facts['prompt']}”",
+        22,
+        SOFT,
+        until=WIDTH - MARGIN,
+    )
     return canvas.png()
 
 
 def _claim(tone: str) -> str:
-    return {"faster": "the speed of plain decoding", "slower": "the speed of plain decoding", "even": "no real difference"}[tone]
+    return {
+        "faster": "the speed of plain decoding",
+        "slower": "the speed of plain decoding",
+        "even": "no real difference",
+    }[tone]
 
 
 def _told(words: Any, result: Result) -> str:
@@ -121,7 +138,9 @@ class _Canvas:
         self.draw = ImageDraw.Draw(self.image)
         self.draw.rounded_rectangle(_scaled((20, 20, WIDTH - 20, HEIGHT - 20)), 28 * SCALE, PANEL, EDGE, 2 * SCALE)
 
-    def text(self, at: tuple[float, float], text: str, size: int, fill: str, *, bold: bool = False, until: float = WIDTH) -> None:
+    def text(
+        self, at: tuple[float, float], text: str, size: int, fill: str, *, bold: bool = False, until: float = WIDTH
+    ) -> None:
         font, stroke, own = _font(size, bold)
         shown = " ".join((text.translate(PLAIN_SIGNS) if own else text).split())
         while shown and at[0] + font.getlength(shown) / SCALE > until:
@@ -141,7 +160,11 @@ class _Canvas:
     def mark(self, at: tuple[float, float], kind: str, fill: str) -> None:
         """A tick, or a wave for about-the-same."""
         x, y = at
-        points = [(x, y + 10), (x + 8, y + 18), (x + 23, y)] if kind == "identical" else [(x, y + 12), (x + 8, y + 4), (x + 15, y + 12), (x + 23, y + 4)]
+        points = (
+            [(x, y + 10), (x + 8, y + 18), (x + 23, y)]
+            if kind == "identical"
+            else [(x, y + 12), (x + 8, y + 4), (x + 15, y + 12), (x + 23, y + 4)]
+        )
         self.draw.line([_scaled(point) for point in points], fill, 4 * SCALE, joint="curve")
 
     def png(self) -> bytes:

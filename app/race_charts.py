@@ -1,4 +1,4 @@
-"""The plotly figure of a suite: tokens per second by category, one bar per lane, whiskers from lowest to highest; measures nothing."""
+"""The plotly figure of a suite: speed by category, whiskers from slowest to fastest repeat; measures nothing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def suite_figure(rows: Sequence[dict[str, Any]], *, dark: bool = False) -> go.Fi
             x=[_name(row) for row in own],
             y=median,
             name=lane,
-            marker={"color": colours[number % 6], "pattern": {"shape": HATCHES[number % 6], "size": 6, "solidity": 0.3}},
+            marker={"color": colours[number % 6], "pattern": {"shape": HATCHES[number % 6], "size": 6}},
             error_y={
                 "type": "data", "symmetric": False, "color": ink.text, "thickness": 1.5, "width": 5,
                 "array": [row["high"] - middle for row, middle in zip(own, median)],
@@ -40,7 +40,13 @@ def suite_figure(rows: Sequence[dict[str, Any]], *, dark: bool = False) -> go.Fi
         )  # fmt: skip
     axis = {"gridcolor": ink.grid, "linecolor": ink.grid, "zerolinecolor": ink.grid}
     figure.update_layout(
-        title={"text": "Tokens per second by kind of prompt", "x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 15}},
+        title={
+            "text": "Tokens per second by kind of prompt",
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "font": {"size": 15},
+        },
         font={"family": FONT, "size": 13, "color": ink.text},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",

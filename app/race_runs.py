@@ -11,7 +11,7 @@ from app.race import PLAIN, Difference, Lane, Lap, Result, conclude, first_diffe
 from app.settings import Settings
 from app.trace import parse
 from app.turn import Run
-from dflash_core import DFlashError, SamplingParams, transformers_decode
+from dflash_core import SamplingParams, transformers_decode
 
 POLL_SECONDS = 0.25
 WARM_UP_TOKENS = 8
@@ -83,7 +83,9 @@ def _lap(desk: Desk, request: Request, lane: Lane) -> Iterator[tuple[int, int, R
 
 def _open(desk: Desk, request: Request, settings: Settings, decode: Callable[..., Any] | None) -> Run:
     own = desk if decode is None else _with_loop(desk, decode)
-    return own.open(request.session, request.visitor, list(request.messages), settings, owner=request.owner, title="Race")
+    return own.open(
+        request.session, request.visitor, list(request.messages), settings, owner=request.owner, title="Race"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +128,7 @@ def _facts(desk: Desk, request: Request, run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _gaps(
-    desk: Desk, request: Request, lanes: Sequence[Lane], laps: Mapping[str, Sequence[Lap]]
-) -> dict[str, float]:
+def _gaps(desk: Desk, request: Request, lanes: Sequence[Lane], laps: Mapping[str, Sequence[Lap]]) -> dict[str, float]:
     """How close the target's choices were where a lane left plain decoding; only greedy replies have such a number."""
     if request.settings.temperature > 0:
         return {}

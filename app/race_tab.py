@@ -52,8 +52,13 @@ class RaceTab:
     @property
     def inputs(self) -> set[Any]:
         return {
-            self.prompt, self.lanes, self.repeats, self.tokens, self.settings.system, *self.settings.inputs.values()
-        }  # fmt: skip
+            self.prompt,
+            self.lanes,
+            self.repeats,
+            self.tokens,
+            self.settings.system,
+            *self.settings.inputs.values(),
+        }
 
     @property
     def outputs(self) -> list[Any]:
@@ -63,7 +68,9 @@ class RaceTab:
         """Settings, lanes and repeats as chosen. Raises `DFlashError`."""
         status = self.desk.engine.status
         if status.phase != "ready":
-            raise status.error or RaceError("No pair is ready.", f"The model is {status.phase}.", "Load a pair in the sidebar.")
+            raise status.error or RaceError(
+                "No pair is ready.", f"The model is {status.phase}.", "Load a pair in the sidebar."
+            )
         settings = self.settings.read(data)
         raw = settings.to_dict() | {"max_new_tokens": data[self.tokens], "drafting": True, "block_size": None}
         settings = Settings.of(raw).capped(self.desk.limits.max_new_tokens)
@@ -96,13 +103,17 @@ def build(desk: Desk, settings: SettingsPanel, tab: gr.Tab) -> RaceTab:
         with gr.Column(scale=6, min_width=300):
             prompt = gr.Textbox(FIRST_PROMPT, label="Prompt", lines=3, max_lines=8, elem_id="dfr-prompt")
             built_in = gr.Dropdown(
-                [(f"{one.category}: {one.text[:90]}", one.text) for one in suites.built_in()], value=None,
-                label="Or take a built-in prompt", elem_id="dfr-built-in",
-            )  # fmt: skip
+                [(f"{one.category}: {one.text[:90]}", one.text) for one in suites.built_in()],
+                value=None,
+                label="Or take a built-in prompt",
+                elem_id="dfr-built-in",
+            )
         with gr.Column(scale=5, min_width=300):
             lanes = gr.CheckboxGroup(label="Against plain decoding", elem_id="dfr-lanes", **_lanes(desk))
             with gr.Row():
-                repeats = gr.Slider(2, 9, 2 if desk.limits.runs_per_minute else 3, step=1, label="Repeats", elem_id="dfr-repeats")
+                repeats = gr.Slider(
+                    2, 9, 2 if desk.limits.runs_per_minute else 3, step=1, label="Repeats", elem_id="dfr-repeats"
+                )
                 tokens = gr.Slider(16, 512, 96, step=16, label="Tokens at most", elem_id="dfr-tokens")
     with gr.Row(elem_classes="dfr-buttons"):
         start = gr.Button("Race", variant="primary", elem_id="dfr-start")
@@ -112,15 +123,26 @@ def build(desk: Desk, settings: SettingsPanel, tab: gr.Tab) -> RaceTab:
     with gr.Row(visible=False, elem_classes="dfr-files") as files:
         with gr.Column(scale=5, min_width=300):
             picture = gr.Image(
-                show_label=False, interactive=False, buttons=[], container=False, elem_id="dfr-card", type="filepath", format="png"
-            )  # fmt: skip
+                show_label=False,
+                interactive=False,
+                buttons=[],
+                container=False,
+                elem_id="dfr-card",
+                type="filepath",
+                format="png",
+            )
         with gr.Column(scale=2, min_width=180):
-            gr.Markdown("**Share it.** The card says no more than was measured; the files hold every lap.", elem_classes="dfc-hint")
+            gr.Markdown(
+                "**Share it.** The card says no more than was measured; the files hold every lap.",
+                elem_classes="dfc-hint",
+            )
             downloads = tuple(
                 gr.DownloadButton(words, size="sm", elem_id=f"dfr-save-{kind}")
                 for kind, words in (("png", "Card (PNG)"), ("csv", "Table (CSV)"), ("json", "All numbers (JSON)"))
             )
-    race_tab = RaceTab(desk, settings, prompt, lanes, repeats, tokens, start, stop, progress, stage, files, picture, downloads)
+    race_tab = RaceTab(
+        desk, settings, prompt, lanes, repeats, tokens, start, stop, progress, stage, files, picture, downloads
+    )
     _wire(race_tab, built_in, tab)
     return race_tab
 
@@ -142,7 +164,11 @@ def _lanes(desk: Desk) -> dict[str, Any]:
     """What the pair in memory can run; DFlash is chosen until a reader chooses otherwise."""
     lanes = catalogue(desk.engine.status.block_size)
     # transformers' own loops would run outside the process that is lent a GPU.
-    offered = [lane for lane in lanes.values() if lane.key != PLAIN and (lane.own_loop or not isinstance(desk.engine, ZeroEngine))]
+    offered = [
+        lane
+        for lane in lanes.values()
+        if lane.key != PLAIN and (lane.own_loop or not isinstance(desk.engine, ZeroEngine))
+    ]
     first = "dflash" if "dflash" in lanes else "prompt-lookup"
     return {"choices": [(lane.label, lane.key) for lane in offered], "value": [first] if offered else []}
 
@@ -165,7 +191,7 @@ def _wire(tab: RaceTab, built_in: gr.Dropdown, place: gr.Tab) -> None:
     built_in.input(_taken, built_in, tab.prompt, queue=False, **QUIET)
     running = tab.start.click(
         start, tab.inputs, tab.outputs, preprocess=False, concurrency_limit=None, concurrency_id="races", **QUIET
-    )  # fmt: skip
+    )
     tab.stop.click(stop, None, [tab.start, tab.stop, tab.progress], cancels=[running], queue=False, **QUIET)
 
 
@@ -199,7 +225,11 @@ def until_loaded(tab: RaceTab) -> Iterator[dict[Any, Any]]:
 
 
 def opened(tab: RaceTab) -> dict[Any, Any]:
-    return {tab.start: gr.Button(interactive=False), tab.stop: gr.Button(visible=True), tab.progress: packed({"text": "Starting."})}
+    return {
+        tab.start: gr.Button(interactive=False),
+        tab.stop: gr.Button(visible=True),
+        tab.progress: packed({"text": "Starting."}),
+    }
 
 
 def closed(tab: RaceTab) -> dict[Any, Any]:

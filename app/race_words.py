@@ -85,7 +85,11 @@ def _reason(found: Difference) -> str:
     gap = f"The target's logits for the two are {found.logit_gap:.3f} apart"
     if found.kind == "rounding":
         return f"{gap}: a tie that rounding decides, not a different model."
-    tail = "more than rounding explains, so please report it" if found.kind == "suspect" else "larger than the usual rounding tie"
+    tail = (
+        "more than rounding explains, so please report it"
+        if found.kind == "suspect"
+        else "larger than the usual rounding tie"
+    )
     return f"{gap}: {tail}."
 
 
@@ -99,8 +103,24 @@ def _piece(trace: Trace, position: int) -> str:
     return f"‘{shown}’" if shown else "the end"
 
 
-HEAD = ("lane", "tokens_per_second", "low", "high", "speedup", "speedup_low", "speedup_high", "seconds", "first_token_seconds",
-        "tokens", "tau", "accepted_per_drafted", "repeats", "identical", "first_difference", "logit_gap")  # fmt: skip
+HEAD = (
+    "lane",
+    "tokens_per_second",
+    "low",
+    "high",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "seconds",
+    "first_token_seconds",
+    "tokens",
+    "tau",
+    "accepted_per_drafted",
+    "repeats",
+    "identical",
+    "first_difference",
+    "logit_gap",
+)
 
 
 def record(entry: LaneResult) -> dict[str, Any]:
@@ -109,25 +129,47 @@ def record(entry: LaneResult) -> dict[str, Any]:
     found = entry.difference
     return {
         "lane": entry.lane.label,
-        "tokens_per_second": rate.median, "low": rate.low, "high": rate.high,
-        "speedup": speedup.median, "speedup_low": speedup.low, "speedup_high": speedup.high,
-        "seconds": lap.seconds, "first_token_seconds": lap.first_token_seconds, "tokens": len(lap.ids),
-        "tau": entry.tau, "accepted_per_drafted": entry.acceptance_rate, "repeats": len(entry.laps),
+        "tokens_per_second": rate.median,
+        "low": rate.low,
+        "high": rate.high,
+        "speedup": speedup.median,
+        "speedup_low": speedup.low,
+        "speedup_high": speedup.high,
+        "seconds": lap.seconds,
+        "first_token_seconds": lap.first_token_seconds,
+        "tokens": len(lap.ids),
+        "tau": entry.tau,
+        "accepted_per_drafted": entry.acceptance_rate,
+        "repeats": len(entry.laps),
         "identical": found is None if entry.compared else None,
         "first_difference": None if found is None else found.position,
         "logit_gap": None if found is None else found.logit_gap,
-    }  # fmt: skip
+    }
 
 
 def as_json(result: Result) -> str:
     """Every lap's numbers; the replies' ids, so that anyone can compare them again."""
     lanes = [
         record(entry)
-        | {"laps": [{"seconds": lap.seconds, "first_token_seconds": lap.first_token_seconds, "steps": lap.steps,
-                     "ids": list(lap.ids)} for lap in entry.laps]}
+        | {
+            "laps": [
+                {
+                    "seconds": lap.seconds,
+                    "first_token_seconds": lap.first_token_seconds,
+                    "steps": lap.steps,
+                    "ids": list(lap.ids),
+                }
+                for lap in entry.laps
+            ]
+        }
         for entry in result.lanes
-    ]  # fmt: skip
-    return json.dumps({"format": "dflash-race", "version": 1, **result.facts, "lanes": lanes}, indent=2, ensure_ascii=False) + "\n"
+    ]
+    return (
+        json.dumps(
+            {"format": "dflash-race", "version": 1, **result.facts, "lanes": lanes}, indent=2, ensure_ascii=False
+        )
+        + "\n"
+    )
 
 
 def as_csv(rows: list[dict[str, Any]], head: tuple[str, ...] = HEAD) -> str:

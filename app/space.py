@@ -64,7 +64,9 @@ class ZeroEngine(Engine):
     def load(self, choice: Choice) -> None:
         """Load the one pair of this host: workers that were forked with it would never see another."""
         if self.status.phase == "ready":
-            raise EngineError("This host keeps its pair.", f"It is '{self.status.pair_name}'.", "Run the app yourself to switch.")
+            raise EngineError(
+                "This host keeps its pair.", f"It is '{self.status.pair_name}'.", "Run the app yourself to switch."
+            )
         super().load(choice)
 
     @property
@@ -76,7 +78,9 @@ class ZeroEngine(Engine):
 
         def run(_: Pair, ids: Sequence[int], params: SamplingParams, *, drafting: bool = True) -> Iterator[Event]:
             if params.processors:
-                raise EngineError("This cannot run on a lent GPU.", "Functions do not cross its border.", "Leave it out.")
+                raise EngineError(
+                    "This cannot run on a lent GPU.", "Functions do not cross its border.", "Leave it out."
+                )
             return events(_in_context(context, self._lent(tuple(ids), params, drafting)))
 
         return run
@@ -105,7 +109,9 @@ def chunks(start: Callable[[], Iterator[Event]], seconds: float = CHUNK_SECONDS)
         except DFlashError as error:
             failed.append((error.wrong, error.found, error.do))
         except Exception as error:
-            failed.append(("The run broke.", f"{type(error).__name__}: {error}.", "Try again; the log has the details."))
+            failed.append(
+                ("The run broke.", f"{type(error).__name__}: {error}.", "Try again; the log has the details.")
+            )
         finally:
             done.set()
 

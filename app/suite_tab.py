@@ -1,4 +1,4 @@
-"""The suite below the race: built-in prompts by category through the same lanes, as a table, bars and files; measures nothing."""
+"""The suite below the race: built-in prompts through the same lanes, as a table, bars and files; measures nothing."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,8 +18,8 @@ from app.widgets import QUIET, channel, packed, warn
 from dflash_core import DFlashError
 
 HINT = (
-    "The built-in prompts through the lanes and with the repeats chosen above. Whiskers and spreads reach from the slowest to the "
-    "fastest repeat; the camera in the figure's corner saves a PNG."
+    "The built-in prompts through the lanes and with the repeats chosen above. Whiskers and spreads reach from the "
+    "slowest to the fastest repeat; the camera in the figure's corner saves a PNG."
 )
 WITH_SCHEME = "(...all) => [...all.slice(0, -1), document.body.classList.contains('dark')]"
 
@@ -41,9 +41,7 @@ def build(race: RaceTab) -> None:
         progress = channel("drawRaceProgress", None, elem_classes="dfr-progress-host")
         with gr.Column(visible=False) as body:
             plot = gr.Plot(show_label=False, elem_id="dfr-suite-plot")
-            table = gr.Dataframe(
-                headers=list(TABLE_HEAD), interactive=False, show_label=False, wrap=True, elem_id="dfr-suite-table", buttons=[]
-            )
+            table = channel("drawSuite", None, elem_id="dfr-suite-table")
             with gr.Row(elem_classes="dfr-buttons"):
                 downloads = [
                     gr.DownloadButton(words, size="sm", elem_id=f"dfr-suite-{kind}")
@@ -67,7 +65,7 @@ def build(race: RaceTab) -> None:
             warn(error)
         yield closed(own) | ({} if result is None else {
             body: gr.Column(visible=True), plot: suite_figure(suites.table(result), dark=bool(data[dark])),
-            table: table_rows(suites.table(result)), **_saved(result, downloads),
+            table: packed({"head": TABLE_HEAD, "rows": table_rows(suites.table(result))}), **_saved(result, downloads),
         })  # fmt: skip
 
     def halt(client: gr.Request) -> dict[Any, Any]:
@@ -98,4 +96,6 @@ def _saved(result: suites.SuiteResult, downloads: list[gr.DownloadButton]) -> di
     table, numbers = folder / "dflash-suite.csv", folder / "dflash-suite.json"
     table.write_text(as_csv(suites.table(result), suites.HEAD), encoding="utf-8")
     numbers.write_text(suites.as_json(result), encoding="utf-8")
-    return {button: gr.DownloadButton(value=str(path)) for button, path in zip(downloads, (table, numbers), strict=True)}
+    return {
+        button: gr.DownloadButton(value=str(path)) for button, path in zip(downloads, (table, numbers), strict=True)
+    }

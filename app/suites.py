@@ -1,4 +1,4 @@
-"""Many built-in prompts through the same lanes: which ones, the race of each, and their sums by category; draws nothing."""
+"""Many built-in prompts through the same lanes: which ones, the race of each, sums by category; draws nothing."""
 
 import json
 import statistics
@@ -15,8 +15,23 @@ from app.race_words import record
 
 FILE = Path(__file__).resolve().parent.parent / "assets" / "prompts.jsonl"
 CATEGORIES = ("chat", "maths", "code", "summary", "translation")
-HEAD = ("category", "lane", "prompts", "tokens_per_second", "low", "high", "speedup", "speedup_low", "speedup_high", "tau",
-        "accepted_per_drafted", "identical", "rounding_ties", "compared", "repeats")  # fmt: skip
+HEAD = (
+    "category",
+    "lane",
+    "prompts",
+    "tokens_per_second",
+    "low",
+    "high",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "tau",
+    "accepted_per_drafted",
+    "identical",
+    "rounding_ties",
+    "compared",
+    "repeats",
+)
 ALL = "all"
 
 
@@ -36,7 +51,10 @@ def built_in() -> tuple[Prompt, ...]:
 def pick(categories: Sequence[str], each: int) -> tuple[Prompt, ...]:
     """The first `each` prompts of every category asked for."""
     return tuple(
-        prompt for name in CATEGORIES if name in categories for prompt in [p for p in built_in() if p.category == name][:each]
+        prompt
+        for name in CATEGORIES
+        if name in categories
+        for prompt in [p for p in built_in() if p.category == name][:each]
     )
 
 
@@ -100,15 +118,22 @@ def _row(category: str, races: Sequence[Result], index: int) -> dict[str, Any]:
     drafted = sum(lap.drafted for entry in entries for lap in entry.laps)
     known = entries[0].lane.kind == "dflash" and drafted
     return {
-        "category": category, "lane": entries[0].lane.label, "prompts": len(entries),
-        "tokens_per_second": rate.median, "low": rate.low, "high": rate.high,
-        "speedup": speedup.median, "speedup_low": speedup.low, "speedup_high": speedup.high,
+        "category": category,
+        "lane": entries[0].lane.label,
+        "prompts": len(entries),
+        "tokens_per_second": rate.median,
+        "low": rate.low,
+        "high": rate.high,
+        "speedup": speedup.median,
+        "speedup_low": speedup.low,
+        "speedup_high": speedup.high,
         "tau": _tau(entries),
         "accepted_per_drafted": sum(lap.accepted for e in entries for lap in e.laps) / drafted if known else None,
         "identical": compared - len(differences) if compared else None,
         "rounding_ties": sum(found.kind == "rounding" for found in differences) if compared else None,
-        "compared": compared or None, "repeats": len(entries[0].laps),
-    }  # fmt: skip
+        "compared": compared or None,
+        "repeats": len(entries[0].laps),
+    }
 
 
 def _rates(entries: Sequence[LaneResult]) -> list[float]:

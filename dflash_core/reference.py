@@ -1,4 +1,4 @@
-"""A reply through transformers' own `generate`, told in this package's events; knows no bench, no table and no screen."""
+"""A reply through transformers' own `generate`, told in this package's events; knows no table and no screen."""
 
 from collections.abc import Generator, Iterator, Sequence
 from itertools import pairwise
@@ -20,15 +20,17 @@ def transformers_decode(
 ) -> Generator[Event, None, None]:
     """Decode one reply as transformers does, to compare with `decode`: the same events, once the reply is whole.
 
-    `method` is 'hf-generate' (plain), 'prompt-lookup' (guesses copied from the prompt) or 'hf-dflash' (transformers' own
-    DFlash loop on the pair's draft). transformers tells neither what it rejected, nor probabilities, nor how a pass
-    divides into drafting and verifying: `drafted` holds the accepted guesses only, confidences are 0.0 and
+    `method` is 'hf-generate' (plain), 'prompt-lookup' (guesses copied from the prompt) or 'hf-dflash' (transformers'
+    own DFlash loop on the pair's draft). transformers tells neither what it rejected nor how sure it was, nor how
+    a pass divides into drafting and verifying: `drafted` holds the accepted guesses only, confidences are 0.0 and
     `verify_seconds` is the whole pass. Raises `PromptError`; cannot be stopped halfway.
     """
     from dflash_core.bench_methods import make_methods
 
     if method not in METHODS:
-        raise PromptError("There is no such method.", f"'{method}' was asked for.", f"Choose one of {', '.join(METHODS)}.")
+        raise PromptError(
+            "There is no such method.", f"'{method}' was asked for.", f"Choose one of {', '.join(METHODS)}."
+        )
     if params.stop_strings or params.processors or params.acceptance != "match":
         raise PromptError(
             "transformers' loop cannot take these settings.",

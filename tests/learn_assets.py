@@ -1,4 +1,4 @@
-"""Draws who attends to whom from the draft model's own rule: `python -m tests.learn_assets` writes the tour's picture."""
+"""Who attends to whom, from the draft model's own rule: `python -m tests.learn_assets` writes the tour's picture."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,12 @@ def pictures() -> dict[str, Any]:
     return {
         "draft": {"context": CONTEXT, "slots": SLOTS, "rows": _rows(_draft())},
         "target": {"context": CONTEXT, "slots": SLOTS, "rows": _rows(_target())},
-        "training": {"context": TRAINED_CONTEXT, "block": TRAINED_BLOCK, "anchors": list(ANCHORS), "rows": _rows(_training())},
+        "training": {
+            "context": TRAINED_CONTEXT,
+            "block": TRAINED_BLOCK,
+            "anchors": list(ANCHORS),
+            "rows": _rows(_training()),
+        },
     }
 
 

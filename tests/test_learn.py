@@ -1,4 +1,4 @@
-"""The tour: its picture is the draft model's own rule, its moments exist in the recording, its words fit the numbers."""
+"""The tour: its picture is the draft model's own rule, its moments are in the recording, its words fit the numbers."""
 
 import re
 import time
@@ -37,7 +37,9 @@ def test_the_attention_picture_is_what_the_masks_say():
 
 def test_the_recordings_are_whole_and_of_one_chat(recordings):
     plain, drafted = recordings
-    assert plain.complete and drafted.complete and plain.header["drafting"] is False and drafted.header["drafting"] is True
+    assert (
+        plain.complete and drafted.complete and plain.header["drafting"] is False and drafted.header["drafting"] is True
+    )
     assert plain.header["messages"] == drafted.header["messages"] and plain.header["pair"] == drafted.header["pair"]
     assert len(plain.ndjson) + len(drafted.ndjson) < 200_000, "the tour is sent with the page"
     assert drafted.stats.tau > 1 and drafted.stats.accepted > 0
@@ -97,7 +99,9 @@ def test_costs_are_medians_over_whole_blocks_and_feed_the_model():
     found = costs(scripted((0,), 0), scripted((3, 0, 7, 5)))
     assert (found.plain_seconds, found.draft_seconds, found.verify_seconds) == (0.03, 0.01, 0.03)
     assert found.block_size == 8
-    assert modelled_speedup(found.tau, found.plain_seconds, found.draft_seconds, found.verify_seconds) == pytest.approx(found.tau * 0.75)
+    assert modelled_speedup(found.tau, found.plain_seconds, found.draft_seconds, found.verify_seconds) == pytest.approx(
+        found.tau * 0.75
+    )
 
 
 def test_the_whole_tour_is_plain_json_with_everything_the_page_needs():
@@ -126,7 +130,12 @@ def test_this_machine_is_measured_through_the_queue():
     assert engine.wait(20)
     desk = Desk(engine)
     found = measure_costs(desk, CLIENT)
-    assert (found.plain_seconds, found.draft_seconds, found.verify_seconds, found.block_size) == (0.009, 0.004, 0.009, 8)
+    assert (found.plain_seconds, found.draft_seconds, found.verify_seconds, found.block_size) == (
+        0.009,
+        0.004,
+        0.009,
+        8,
+    )
     assert machine(desk) == "smollm2-135m · cpu · float32" and not desk.is_busy("tab-costs")
 
 
@@ -143,7 +152,14 @@ def test_the_command_writes_both_recordings(tmp_path, capsys):
     model = tiny_llama()
     write_target(tmp_path / "target", model)
     write_draft(tmp_path / "draft", tiny_draft(model.config))
-    where = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft"), "--folder", str(tmp_path / "out")]
+    where = [
+        "--target",
+        str(tmp_path / "target"),
+        "--draft",
+        str(tmp_path / "draft"),
+        "--folder",
+        str(tmp_path / "out"),
+    ]
     assert main([*where, "--max-new-tokens", "20", "--prompt", "tell me"]) == 0
     plain, drafted = (open_trace(tmp_path / "out" / f"{name}.ndjson") for name in ("plain", "dflash"))
     assert learn.reply_ids(plain) == learn.reply_ids(drafted) and plain.header["dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""The race: fair order, spreads, differences and their closeness, words and files that say no more than was measured."""
+"""The race: fair order, spreads, differences and their closeness, words and files that say what was measured."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""A lent GPU: decodes run in a forked worker, their events arrive in chunks, a stop ends them; elsewhere nothing changes."""
+"""A lent GPU: decodes run in a forked worker, events arrive in chunks, a stop ends them; elsewhere nothing changes."""
 
 import contextvars
 import os

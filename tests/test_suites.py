@@ -14,7 +14,7 @@ from app.engine import Choice, Engine
 from app.race import PLAIN, Lap, chosen, conclude, lap_of
 from app.race_card import card
 from app.race_charts import suite_figure
-from app.race_runs import Progress, Request
+from app.race_runs import Progress, Request, race
 from app.race_view import TABLE_HEAD, progress_view, race_view, suite_progress_view, table_rows
 from app.race_words import as_csv
 from app.settings import Settings
@@ -25,7 +25,15 @@ from tests.stage import Stage
 from tests.tiny import tiny_draft, tiny_llama, tiny_pair, write_draft, write_target
 from tests.xray_script import recorded
 
-FACTS = {"pair": "p", "device": "cpu", "dtype": "float32", "temperature": 0.0, "seed": None, "max_new_tokens": 96, "prompt": "Why?"}
+FACTS = {
+    "pair": "p",
+    "device": "cpu",
+    "dtype": "float32",
+    "temperature": 0.0,
+    "seed": None,
+    "max_new_tokens": 96,
+    "prompt": "Why?",
+}
 
 
 def laps(*seconds, ids=(1, 2, 3, 4), steps=2):
@@ -62,7 +70,9 @@ def test_a_suite_adds_up_prompts_per_repeat_and_by_category():
     two = raced(laps(2.0, 2.0), laps(2.0, 4.0, ids=(1, 2, 9, 4)), gaps={"dflash": 0.1})
     result = SuiteResult((Prompt("chat", "a"), Prompt("code", "b")), (one, two))
     rows = {(row["category"], row["lane"]): row for row in table(result)}
-    assert list(rows) == [(name, lane) for name in ("chat", "code", ALL) for lane in ("Plain decoding", "DFlash, block 8")]
+    assert list(rows) == [
+        (name, lane) for name in ("chat", "code", ALL) for lane in ("Plain decoding", "DFlash, block 8")
+    ]
     total = rows[ALL, "DFlash, block 8"]
     assert total["prompts"] == 2 and total["repeats"] == 2
     # Repeat 1: 8 tokens in 4 s against 6 s; repeat 2: 8 tokens in 6 s against 10 s.
@@ -95,9 +105,14 @@ def test_a_suite_runs_on_a_desk_and_counts_its_laps():
     request = Request("s-race", "visitor", "s", (system,), Settings(max_new_tokens=16))
     *progress, result = suite(Desk(engine), request, chosen(8, ["dflash"]), pick(["chat", "maths"], 1), 2)
     assert isinstance(result, SuiteResult) and len(result.races) == 2
-    assert all("Be brief." in prompt for prompt in stage.prompts[-4:]) and built_in()[0].text in result.races[0].facts["prompt"]
+    assert (
+        all("Be brief." in prompt for prompt in stage.prompts[-4:])
+        and built_in()[0].text in result.races[0].facts["prompt"]
+    )
     views = [suite_progress_view(told, result.lanes, 2) for told in progress]
-    assert {view["laps"] for view in views} == {8} and [view["done"] for view in views] == sorted(view["done"] for view in views)
+    assert {view["laps"] for view in views} == {8} and [view["done"] for view in views] == sorted(
+        view["done"] for view in views
+    )
     assert views[-1]["text"].startswith("Prompt 2 of 2 (maths).")
 
 
@@ -129,7 +144,10 @@ def test_progress_in_words():
     lanes = chosen(8, ["dflash"])
     assert progress_view(Progress(0, 4, None, 0), lanes, 2)["text"].startswith("Warming up")
     assert progress_view(Progress(4, 4, None, 1), lanes, 2)["text"] == "Comparing the replies."
-    assert progress_view(Progress(2, 4, lanes[1], 1, tokens=7), lanes, 2)["text"] == "DFlash, block 8, repeat 2 of 2: 7 tokens"
+    assert (
+        progress_view(Progress(2, 4, lanes[1], 1, tokens=7), lanes, 2)["text"]
+        == "DFlash, block 8, repeat 2 of 2: 7 tokens"
+    )
     assert progress_view(Progress(2, 4, lanes[1], 1, ahead=1), lanes, 2)["text"] == "Waiting: 1 run of others first."
 
 
@@ -137,7 +155,9 @@ def test_progress_in_words():
 
 
 def real_race(**changes):
-    plain, fast = (parse(recorded([f" w{i}" for i in range(90)], accepted, k).ndjson) for accepted, k in (((0,), 0), ((3, 5), 7)))
+    plain, fast = (
+        parse(recorded([f" w{i}" for i in range(90)], accepted, k).ndjson) for accepted, k in (((0,), 0), ((3, 5), 7))
+    )
     return conclude(
         chosen(8, ["dflash"]), {PLAIN: [lap_of(plain)] * 2, "dflash": [lap_of(fast)] * 2}, FACTS | changes
     )  # fmt: skip
@@ -150,7 +170,11 @@ def test_the_card_is_a_picture_of_the_right_size_with_all_its_parts(families, mo
     picture = Image.open(io.BytesIO(card(real_race())))
     race_card._font.cache_clear()
     assert picture.size == (1200, 630) and picture.format == "PNG"
-    colours = Counter(picture.convert("RGB").get_flattened_data() if hasattr(picture, "get_flattened_data") else picture.convert("RGB").getdata())
+    colours = Counter(
+        picture.convert("RGB").get_flattened_data()
+        if hasattr(picture, "get_flattened_data")
+        else picture.convert("RGB").getdata()
+    )
     for wanted in (race_card.PANEL, race_card.KINDS["accepted"], race_card.KINDS["correction"], race_card.INK):
         assert colours[tuple(bytes.fromhex(wanted[1:]))] > 100, wanted
 
@@ -169,30 +193,46 @@ def test_a_long_reply_still_fits_the_card():
 # ---- the same numbers as the command
 
 
-def test_the_race_says_what_the_bench_says(tmp_path):
-    """Same pair, prompt and settings: the same tokens, τ and identity, and speeds whose spreads meet."""
+@pytest.fixture
+def benched(tmp_path):
+    """The tiny pair on a desk, and the bench's numbers for one prompt, measured when asked."""
     model = tiny_llama()
     write_target(tmp_path / "target", model)
     write_draft(tmp_path / "draft", tiny_draft(model.config))
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "tell me"}]}) + "\n")
-    told = tmp_path / "numbers.json"
     where = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft"), "--dtype", "float32"]
     run = ["--prompts", str(tmp_path / "p.jsonl"), "--methods", "ar,dflash", "--repeats", "5", "--max-new-tokens", "60"]
-    assert bench.main([*where, *run, "--json", str(told)]) == 0
-    expected = json.loads(told.read_text())["methods"]
+
+    def measure():
+        assert bench.main([*where, *run, "--json", str(tmp_path / "numbers.json")]) == 0
+        return json.loads((tmp_path / "numbers.json").read_text())["methods"]
 
     engine = Engine(load=lambda *_, **__: tiny_pair(model, tiny_draft(model.config)))
     engine.load(Choice())
     assert engine.wait(30)
-    from app.race_runs import race
+    return Desk(engine), measure
 
+
+def test_the_race_says_what_the_bench_says(benched):
+    """Same pair, prompt and settings: the same tokens, τ and identity, and speed-ups whose spreads meet."""
+    desk, measure = benched
     request = Request("t-race", "v", "t", ({"role": "user", "content": "tell me"},), Settings(max_new_tokens=60))
-    *_, result = race(Desk(engine), request, chosen(engine.status.block_size, ["dflash"]), 5)
-    for entry, name in zip(result.lanes, ("ar", "dflash"), strict=True):
-        other, own = expected[name], entry.tokens_per_second
-        assert len(entry.laps[0].ids) == other["new_tokens"]
-        # Timings on a busy machine: the spreads must meet within a quarter.
-        assert own.low <= 1.25 * other["tokens_per_second_high"] and other["tokens_per_second_low"] <= 1.25 * own.high, name
-    assert result.leader.tau == pytest.approx(expected["dflash"]["tau"])
-    assert (result.leader.difference is None) == (expected["dflash"]["identical"] == 1)
-    assert result.leader.speedup.low <= 1.25 * expected["dflash"]["speedup_vs_ar"] and expected["dflash"]["speedup_vs_ar"] <= 1.25 * result.leader.speedup.high
+    met = []
+    # A busy machine slows one of the two now and then, so the times get three chances; the rest never differs.
+    while not any(met) and len(met) < 3:
+        expected = measure()
+        *_, result = race(desk, request, chosen(desk.engine.status.block_size, ["dflash"]), 5)
+        other = expected["dflash"]
+        assert [len(entry.laps[0].ids) for entry in result.lanes] == [
+            expected[n]["new_tokens"] for n in ("ar", "dflash")
+        ]
+        assert result.leader.tau == pytest.approx(other["tau"])
+        assert (result.leader.difference is None) == (other["identical"] == 1)
+        rates, speedup = result.leader.tokens_per_second, result.leader.speedup
+        met.append(
+            speedup.low <= 1.1 * other["speedup_vs_ar"]
+            and other["speedup_vs_ar"] <= 1.1 * speedup.high
+            and rates.low <= 1.1 * other["tokens_per_second_high"]
+            and other["tokens_per_second_low"] <= 1.1 * rates.high
+        )
+    assert any(met)

@@ -226,4 +226,19 @@ class Lane {
   }
 }
 
-Object.assign(window.dflashApp, {drawRace, drawRaceProgress});
+// ---- many prompts
+
+function drawSuite(host, value) {
+  const root = rootOf(host, 'dfr');
+  if (!value) return root.replaceChildren();
+  const row = (tag, cells) => h('tr', '', ...cells.map((cell, i) => h(i < 2 ? 'th' : tag, '', cell)));
+  const table = h('table', 'dfr-table', h('thead', '', row('th', value.head)), h('tbody', '', ...value.rows.map(cells => row('td', cells))));
+  table.querySelectorAll('tbody tr').forEach((line, i) => line.classList.toggle('group', !i || value.rows[i][0] !== value.rows[i - 1][0]));
+  const scroller = h('div', 'dfr-table-scroll', table);
+  scroller.tabIndex = 0;
+  scroller.setAttribute('role', 'group');
+  scroller.setAttribute('aria-label', 'Suite, by kind of prompt and lane');
+  return root.replaceChildren(scroller);
+}
+
+Object.assign(window.dflashApp, {drawRace, drawRaceProgress, drawSuite});
