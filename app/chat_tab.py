@@ -50,7 +50,7 @@ def build(chats: ChatList) -> ChatTab:
             )  # fmt: skip
             note = channel("setNote", {"text": ""}, elem_classes="dfc-note-host")
             composer = gr.Textbox(
-                show_label=False, label="Message", placeholder="Write a message… (Enter sends, Shift+Enter starts a line)",
+                show_label=False, label="Message", placeholder="Write a message…",
                 lines=1, max_lines=8, submit_btn=True, container=False, autofocus=True, elem_classes="dfc-composer",
                 elem_id="dfc-composer",
             )  # fmt: skip

@@ -98,6 +98,10 @@ def _load(panel: ModelPanel, name: str, target: str, draft: str) -> None:
     else:
         panel.limits.check_pair(name)
         choice = Choice(name)
+    status = panel.engine.status
+    if status.phase == "ready" and status.choice == choice:
+        gr.Info(f"{status.pair_name} is loaded.")
+        return
     panel.engine.load(choice)
 
 

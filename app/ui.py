@@ -68,6 +68,7 @@ def launch_options() -> dict[str, Any]:
         "footer_links": ["api", "gradio"],
         "run_history": False,
         "enable_monitoring": False,
+        "max_file_size": "64mb",
         "pwa": True,
         "show_error": True,
         "max_threads": 80,
