@@ -3,8 +3,9 @@
 import argparse
 import logging
 
-from app.engine import Choice, Engine
+from app.engine import Choice
 from app.limits import OPEN, public
+from app.space import make_engine, ready_to_launch, settled
 from app.ui import PAIRS, build, launch_options
 
 log = logging.getLogger(__name__)
@@ -12,11 +13,13 @@ log = logging.getLogger(__name__)
 
 def serve(chosen: argparse.Namespace) -> int:
     """Open the page, load the pair behind it, stay until interrupted; the exit code."""
-    engine = Engine(device=chosen.device, dtype=chosen.dtype, quantize=chosen.quantize)
+    chosen = settled(chosen)
+    engine = make_engine(device=chosen.device, dtype=chosen.dtype, quantize=chosen.quantize)
     first = first_choice(chosen)
     limits = public(allowed(first)) if chosen.public else OPEN
     app = build(engine, limits)
     engine.load(first)
+    ready_to_launch(engine)
     try:
         _, url, shared = app.page.launch(
             server_name=chosen.host, server_port=chosen.port, share=chosen.share, inbrowser=not chosen.no_browser,

@@ -1,8 +1,9 @@
-"""Decodes on a Space with ZeroGPU: inside the process that is lent the GPU, told back in chunks; knows no widget.
+"""Being a Space: which options it needs, and decoding on ZeroGPU in the process that is lent the GPU; knows no widget.
 
-Anywhere else the optional `spaces` package is not looked for and the engine is the ordinary one.
+Anywhere else the options stay, the optional `spaces` package is not looked for and the engine is the ordinary one.
 """
 
+import argparse
 import contextvars
 import importlib
 import os
@@ -20,6 +21,18 @@ Chunk: TypeAlias = tuple[tuple[Event, ...], tuple[str, str, str] | None]
 # A cancel is seen only when a chunk is told, so there is one even when nothing is new.
 CHUNK_SECONDS = 1 / 15
 LENT_SECONDS = 60
+
+
+def on_space() -> bool:
+    """Whether this process runs on Hugging Face Spaces."""
+    return "SPACE_ID" in os.environ
+
+
+def settled(chosen: argparse.Namespace) -> argparse.Namespace:
+    """The command line's choices; on a Space, which is started without any, open to visitors and with their caps."""
+    if not on_space():
+        return chosen
+    return argparse.Namespace(**vars(chosen) | {"host": "0.0.0.0", "public": True, "no_browser": True, "share": False})
 
 
 def on_zero_gpu() -> bool:

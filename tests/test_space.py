@@ -1,5 +1,6 @@
 """A lent GPU: decodes run in a forked worker, events arrive in chunks, a stop ends them; elsewhere nothing changes."""
 
+import argparse
 import contextvars
 import os
 import subprocess
@@ -57,6 +58,65 @@ def test_elsewhere_the_engine_is_the_ordinary_one(monkeypatch):
     engine = make_engine(device="cpu")
     assert type(engine) is Engine and "spaces" not in sys.modules
     space.ready_to_launch(engine)
+
+
+def test_a_space_is_open_to_visitors_and_capped_and_nothing_else_is(monkeypatch):
+    plain = argparse.Namespace(pair="qwen3-4b", host="127.0.0.1", port=7860, public=False, no_browser=False, share=True)
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    assert space.settled(plain) is plain and plain.host == "127.0.0.1" and not plain.public
+    monkeypatch.setenv("SPACE_ID", "someone/dflash")
+    settled = space.settled(plain)
+    assert (settled.host, settled.public, settled.no_browser, settled.share) == ("0.0.0.0", True, True, False)
+    assert settled.pair == "qwen3-4b" and settled.port == plain.port
+
+
+def test_a_space_serves_with_its_engine_once_the_pair_is_there(monkeypatch, stage, gpu):
+    """`serve` from its arguments to the launch, which is stood in for."""
+    from app import server
+
+    launched = {}
+
+    class Page:
+        def launch(self, **options):
+            launched.update(options, phase=engines[0].status.phase)
+            return None, "http://here/", None
+
+        def block_thread(self):
+            pass
+
+    engines = []
+
+    def build(engine, limits):
+        engines.append(engine)
+        launched["limits"] = limits
+        return SimpleNamespace(page=Page())
+
+    monkeypatch.setenv("SPACE_ID", "someone/dflash")
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    monkeypatch.setitem(sys.modules, "spaces", gpu)
+    monkeypatch.setattr(server, "build", build)
+    monkeypatch.setattr(
+        server,
+        "make_engine",
+        lambda **_: ZeroEngine(lend=gpu.GPU(duration=60), load=slowed(stage.load), decode=stage.decode),
+    )
+    chosen = SimpleNamespace(
+        pair="smollm2-135m", target=None, draft=None, device="auto", dtype="auto", quantize=None, host="127.0.0.1",
+        port=None, share=False, no_browser=False, public=False,
+    )  # fmt: skip
+    assert server.serve(chosen) == 0
+    assert launched["server_name"] == "0.0.0.0" and launched["phase"] == "ready", (
+        "the weights are there before the launch"
+    )
+    assert launched["limits"].pairs == ("smollm2-135m",) and launched["limits"].runs_per_minute
+
+
+def slowed(load):
+    def later(*args, **kwargs):
+        time.sleep(0.3)
+        return load(*args, **kwargs)
+
+    return later
 
 
 def test_on_zero_gpu_the_engine_lends(monkeypatch, gpu):
