@@ -90,7 +90,7 @@ def test_a_real_run_is_stopped_and_retried(real, real_page):
 
 def test_watching_costs_the_decode_little(real, real_page):
     """Tokens a second of the same reply with and without the page open, in turn; the medians are printed."""
-    tokens, rounds, alone, watched = 40, 3, [], []
+    tokens, rounds, alone, watched = 40, 2, [], []
     for _ in range(rounds):
         alone.append(_alone(real.app.engine, tokens))
         send(real_page, QUESTION)
