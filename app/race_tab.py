@@ -24,10 +24,11 @@ from dflash_core import DFlashError
 
 RACE_ASSETS = ASSETS.parent / "race"
 LOAD_POLL_SECONDS = 0.25
-FIRST_PROMPT = "Explain what a black hole is to a ten-year-old."
+FIRST_PROMPT = "Write a Python function that returns the n-th Fibonacci number using a loop."
 HINT = (
     "One prompt, the same settings, the same device: every lane is measured on its own, in turns, several times. "
-    "Then the laps are replayed side by side. Sampling and the system prompt come from the sidebar."
+    "Then the laps are replayed side by side. Sampling and the system prompt come from the sidebar. Predictable text, "
+    "such as code, gains most: try prompts of your own."
 )
 
 
