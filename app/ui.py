@@ -70,6 +70,7 @@ def launch_options() -> dict[str, Any]:
         "enable_monitoring": False,
         "max_file_size": "64mb",
         "pwa": True,
+        "favicon_path": str(widgets.ASSETS / "icon.svg"),
         "show_error": True,
         "max_threads": 80,
     }

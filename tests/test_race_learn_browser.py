@@ -449,3 +449,6 @@ def test_it_can_be_installed_as_an_app(served):
     with urllib.request.urlopen(served.url + "manifest.json", timeout=10) as answer:
         manifest = json.load(answer)
     assert manifest["display"] == "standalone" and manifest["name"] == "DFlash"
+    icon = manifest["icons"][0]
+    with urllib.request.urlopen(served.url.rstrip("/") + "/" + icon["src"].lstrip("/"), timeout=10) as answer:
+        assert icon["type"] == "image/svg+xml" and b"<svg" in answer.read()[:200]
