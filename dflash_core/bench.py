@@ -4,7 +4,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,19 @@ def _names(text: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 after an error of the user's, 130 after Ctrl-C before any result."""
-    options = parser().parse_args(arguments)
+    return carry_out(run, table, parser().parse_args(arguments), "repeat")
+
+
+def carry_out(
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    show: Callable[[dict[str, Any]], Sequence[str]],
+    options: argparse.Namespace,
+    part: str,
+) -> int:
+    """Measure, show the table, write `options.json`; returns the exit code. `part` is what Ctrl-C keeps when complete."""
     try:
-        report = run(options)
-        print(*table(report), sep="\n")
+        report = measure(options)
+        print(*show(report), sep="\n")
         if options.json:
             write_report(report, Path(options.json))
         return 0
@@ -68,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped before the first repeat was complete.", file=sys.stderr)
+        print(f"Stopped before the first {part} was complete.", file=sys.stderr)
         return INTERRUPTED
 
 

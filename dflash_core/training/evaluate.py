@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from dflash_core.bench import check_lengths, device_name, write_report
+from dflash_core.bench import carry_out, check_lengths, device_name
 from dflash_core.config import SamplingParams
 from dflash_core.decode import decode, default_drafter
-from dflash_core.errors import DFlashError, PromptError, TrainingError
+from dflash_core.errors import PromptError, TrainingError
 from dflash_core.events import Prefill, Step
-from dflash_core.generate import INTERRUPTED, add_pair_arguments, load_from
+from dflash_core.generate import add_pair_arguments, load_from
 from dflash_core.loading import Pair
 from dflash_core.masks import TILE
 from dflash_core.prompts import ChatPrompt, chat_ids, read_prompts, spread
@@ -78,19 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 after an error of the user's, 130 after Ctrl-C before any result."""
-    options = parser().parse_args(arguments)
-    try:
-        report = run(options)
-        print(*table(report), sep="\n")
-        if options.json:
-            write_report(report, Path(options.json))
-        return 0
-    except DFlashError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped before the first setting was complete.", file=sys.stderr)
-        return INTERRUPTED
+    return carry_out(run, table, parser().parse_args(arguments), "setting")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
