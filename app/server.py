@@ -6,7 +6,7 @@ import logging
 from app.engine import Choice
 from app.limits import OPEN, public
 from app.space import make_engine, ready_to_launch, settled
-from app.ui import PAIRS, build, launch_options
+from app.ui import build, launch_options
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from app import (
 from app.desk import Desk
 from app.engine import Engine
 from app.limits import OPEN, Limits
+from dflash_core import pair_names
 
 TITLE = "DFlash"
-PAIRS = ("smollm2-135m", "qwen3-4b", "qwen3-8b", "llama-3.1-8b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class App:
     desk: Desk
 
 
-def build(engine: Engine, limits: Limits = OPEN, pairs: tuple[str, ...] = PAIRS) -> App:
+def build(engine: Engine, limits: Limits = OPEN, pairs: tuple[str, ...] = pair_names()) -> App:
     """The whole page, not yet served. `launch_options` go to its `launch`."""
     desk = Desk(engine, limits)
     with gr.Blocks(title=TITLE, fill_width=True, analytics_enabled=False) as page:

@@ -4,7 +4,7 @@ from dflash_core.config import DraftConfig, SamplingParams
 from dflash_core.decode import decode
 from dflash_core.errors import DFlashError
 from dflash_core.events import Finish, Prefill, Step
-from dflash_core.loading import Pair, load_pair
+from dflash_core.loading import Pair, load_pair, pair_names
 from dflash_core.model import DFlashDraftModel
 from dflash_core.pipeline import DFlashPipeline
 from dflash_core.reference import transformers_decode
@@ -23,5 +23,6 @@ __all__ = [
     "Step",
     "decode",
     "load_pair",
+    "pair_names",
     "transformers_decode",
 ]

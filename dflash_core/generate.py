@@ -13,7 +13,7 @@ from dflash_core.config import SamplingParams
 from dflash_core.decode import decode
 from dflash_core.errors import DFlashError, PromptError
 from dflash_core.events import Event, Finish
-from dflash_core.loading import Pair, load_pair
+from dflash_core.loading import DEFAULT_PAIR, Pair, load_pair, pair_names
 from dflash_core.prompts import chat_ids, text_ids
 from dflash_core.tally import Tally
 from dflash_core.terminal import Printer, legend, may_colour, summary
@@ -26,7 +26,7 @@ ENDINGS = {"stop": "a stop token", "length": "the length limit", "context": "the
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name and load a pair, the same for every command."""
     pair = parser.add_argument_group("the pair")
-    pair.add_argument("--pair", default="smollm2-135m", metavar="NAME", help="a named pair (default: %(default)s)")
+    pair.add_argument("--pair", default=DEFAULT_PAIR, metavar="NAME", help=f"one of {', '.join(pair_names())} (default: %(default)s)")
     pair.add_argument("--target", metavar="T", help="a target of your own: a Hub id or a folder")
     pair.add_argument("--draft", metavar="D", help="a draft of your own: a Hub id or a folder; 'none' loads no draft")
     pair.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

@@ -50,6 +50,11 @@ KNOWN_PAIRS: Mapping[str, KnownPair] = MappingProxyType(
 )
 
 
+def pair_names() -> tuple[str, ...]:
+    """The names that `load_pair` knows, the default first."""
+    return tuple(KNOWN_PAIRS)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A target and its draft, proven to fit each other. Memory is freed when the last reference goes."""

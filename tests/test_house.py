@@ -43,7 +43,7 @@ def test_top_level_is_exactly_the_agreed_one():
 def test_public_names_are_exact_and_sorted():
     assert dflash_core.__all__ == [
         "DFlashDraftModel", "DFlashError", "DFlashPipeline", "DFlashTokenDiffusionScheduler", "DraftConfig", "Finish",
-        "Pair", "Prefill", "SamplingParams", "Step", "decode", "load_pair", "transformers_decode",
+        "Pair", "Prefill", "SamplingParams", "Step", "decode", "load_pair", "pair_names", "transformers_decode",
     ]  # fmt: skip
     for name in dflash_core.__all__:
         value = getattr(dflash_core, name)

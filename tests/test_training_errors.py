@@ -202,6 +202,17 @@ def test_another_runs_state_is_not_overwritten(tmp_path, capsys):
     assert train.main(options(output, **SHORT | {"log_every": 3, "save_every": 5})) == 0
 
 
+def test_a_draft_without_its_state_is_not_overwritten(tmp_path, capsys):
+    output = tmp_path / "out"
+    assert train.main(options(output, **SHORT)) == 0
+    shutil.rmtree(output / "state")
+    before = (output / "last" / "model.safetensors").read_bytes()
+    (output / "heldout.npz").unlink()
+    refused(output, capsys, "without the state that would continue it", str(output), "--init-from")
+    assert (output / "last" / "model.safetensors").read_bytes() == before
+    assert train.main(options(tmp_path / "next", **SHORT, init_from=output / "last")) == 0
+
+
 def test_a_draft_caught_between_two_renames_is_put_back(tmp_path):
     (tmp_path / ".best.old").mkdir()
     (tmp_path / ".best.old" / "config.json").write_text("{}")

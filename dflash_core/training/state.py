@@ -114,6 +114,17 @@ def check_same_run(found: Mapping[str, Any], wanted: Mapping[str, Any], output: 
             )
 
 
+def check_free(output: Path) -> None:
+    """Raises `TrainingError` when the folder holds a draft that a fresh run would overwrite."""
+    for name in ("best", "last"):
+        if (output / name).exists():
+            raise TrainingError(
+                "The output folder holds a trained draft without the state that would continue it.",
+                f"'{output / name}' would be overwritten.",
+                "Choose another --output; --init-from starts from that draft.",
+            )
+
+
 def _steps(output: Path) -> list[Path]:
     return sorted(path for path in (output / "state").glob("step-*") if (path / "state.json").is_file())
 

@@ -158,6 +158,8 @@ def build(settings: TrainSettings) -> Trainer:
     """Check all that can be checked, then build the run or continue it. Raises `TrainingError` or `LoadError`."""
     output, shards = prepare_output(settings), TokenShards.open(*settings.data)
     found = state.find_state(output)
+    if found is None:
+        state.check_free(output)
     machine = decide_machine(settings)
     pair = load_target(settings, machine.accelerator.device)
     check_context(settings, pair, shards)
