@@ -89,7 +89,7 @@ def _deltas(desk: Desk, client: gr.Request, message: str, system: str, given: di
         # The header tells nothing that the caller did not.
         sent = run.ndjson.index("\n") + 1
         for frame in frames(run):
-            if frame.trace is not None and len(frame.trace) > sent:
+            if len(frame.trace) > sent:
                 yield frame.trace[sent:]
                 sent = len(frame.trace)
         if run.error is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.answering import Screen, answer, request_of
+from app.answering import Answers, Screen, request_of
 from app.chat_list import ChatList, Shelf
 from app.chat_state import edited, footers, to_retry, undone
 from app.conversations import Conversation, asked, bubbles, new, unguard
@@ -68,6 +68,7 @@ class Wiring:
 
     def __init__(self, desk: Desk, tab: ChatTab, settings: SettingsPanel, shelf: Shelf) -> None:
         self.desk, self.tab, self.screen, self.settings, self.shelf = desk, tab, tab.screen, settings, shelf
+        self.answers = Answers(desk, tab.screen)
         self.inputs = {self.screen.composer, self.screen.conversation, settings.system, *settings.inputs.values()}
 
     def connect(self) -> None:
@@ -90,38 +91,43 @@ class Wiring:
 
     def _replies(self, trigger: Any, act: Any) -> None:
         # Unchecked inputs: `Settings` checks them, and a message is never lost to a slider whose range just changed.
-        event = trigger(
-            act, self.inputs, self.screen.outputs, preprocess=False, concurrency_limit=None, concurrency_id="replies", **QUIET
+        opened = trigger(act, self.inputs, self.screen.outputs, preprocess=False, concurrency_limit=None, **QUIET)
+        streamed = opened.then(
+            self.stream, None, self.screen.streamed, concurrency_limit=None, concurrency_id="replies", **QUIET
         )  # fmt: skip
-        self.shelf.shelve(event, reply=True)
+        closed = streamed.then(self.close, None, self.screen.outputs, concurrency_limit=None, **QUIET)
+        self.shelf.shelve(closed, reply=True)
 
-    def send(self, data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
+    def send(self, data: Mapping[Any, Any], client: gr.Request) -> dict[Any, Any]:
         text = data[self.screen.composer] or ""
         if not text.strip():
-            yield self._nothing()
-            return
+            return self._nothing()
         before = self._before(data)
-        yield from self._answer(asked(before, text), before, data, client)
+        return self._ask(asked(before, text), before, data, client)
 
-    def example(self, data: Mapping[Any, Any], client: gr.Request, chosen: gr.SelectData) -> Iterator[dict[Any, Any]]:
+    def example(self, data: Mapping[Any, Any], client: gr.Request, chosen: gr.SelectData) -> dict[Any, Any]:
         before = self._before(data)
-        yield from self._answer(asked(before, str(chosen.value["text"])), before, data, client)
+        return self._ask(asked(before, str(chosen.value["text"])), before, data, client)
 
-    def retry(self, data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
+    def retry(self, data: Mapping[Any, Any], client: gr.Request) -> dict[Any, Any]:
         before = self._before(data)
         conversation = to_retry(before)
         if conversation is None:
-            yield self._nothing()
-            return
-        yield from self._answer(conversation, before, data, client)
+            return self._nothing()
+        return self._ask(conversation, before, data, client)
 
-    def edit(self, data: Mapping[Any, Any], client: gr.Request, change: gr.EditData) -> Iterator[dict[Any, Any]]:
+    def edit(self, data: Mapping[Any, Any], client: gr.Request, change: gr.EditData) -> dict[Any, Any]:
         before = self._before(data)
         text = unguard(_text(change.value))
         if not text.strip():
-            yield self._nothing() | {self.screen.chatbot: bubbles(before)}
-            return
-        yield from self._answer(edited(before, _index(change.index), text), before, data, client)
+            return self._nothing() | {self.screen.chatbot: bubbles(before)}
+        return self._ask(edited(before, _index(change.index), text), before, data, client)
+
+    def stream(self, client: gr.Request) -> Iterator[dict[Any, Any]]:
+        yield from self.answers.stream(client.session_hash)
+
+    def close(self, client: gr.Request) -> dict[Any, Any]:
+        return self.answers.close(client.session_hash)
 
     def undo(self, conversation: Conversation) -> tuple:
         shorter, text = undone(conversation)
@@ -133,12 +139,12 @@ class Wiring:
         """The reply that was clicked, or the reply to the question that was clicked."""
         messages, index = conversation["messages"], _index(chosen.index)
         reply = next((m for m in messages[index : index + 2] if m["role"] == "assistant"), None)
-        if reply is None or self.desk.is_busy(client.session_hash):
+        if reply is None or self.answers.is_busy(client.session_hash):
             return gr.skip(), gr.skip()
         return reply["id"], packed(footers(conversation, reply["id"]))
 
     def stop(self, client: gr.Request) -> None:
-        self.desk.stop(client.session_hash)
+        self.answers.stop(client.session_hash)
 
     def pace(self, client: gr.Request, event: gr.EventData) -> None:
         self.desk.pace(client.session_hash, bool(event._data.get("on")))
@@ -148,21 +154,18 @@ class Wiring:
         if run is not None:
             run.next_step()
 
-    def _answer(
+    def _ask(
         self, conversation: Conversation, before: Conversation, data: Mapping[Any, Any], client: gr.Request
-    ) -> Iterator[dict[Any, Any]]:
+    ) -> dict[Any, Any]:
         try:
             settings = self.settings.read(data).capped(self.desk.limits.max_new_tokens)
         except DFlashError as error:
             warn(error)
-            yield self._nothing() | {self.screen.chatbot: bubbles(before)}
-            return
-        if self.desk.is_busy(client.session_hash):
+            return self._nothing() | {self.screen.chatbot: bubbles(before)}
+        if self.answers.is_busy(client.session_hash):
             warn(DFlashError("A reply is being written.", "", "Wait for it or stop it first."))
-            yield self._nothing()
-            return
-        request = request_of(conversation, before, settings, client)
-        yield from answer(self.desk, self.screen, request)
+            return self._nothing()
+        return self.answers.ask(request_of(conversation, before, settings, client))
 
     def _before(self, data: Mapping[Any, Any]) -> Conversation:
         return (data[self.screen.conversation] or new()) | {"system": data[self.settings.system] or ""}

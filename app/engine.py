@@ -128,7 +128,7 @@ class Engine:
             return EngineError("The pair was not loaded.", f"{type(error).__name__}: {error}.", "The log has the details.")
         self._pair = pair
         self._set(_ready(pair, choice, baseline, self._status.version))
-        log.info("%s is ready on %s", pair.name, pair.device)
+        log.info("%s is ready on %s", pair.name, pair.place)
         return None
 
     def _progress(self, stage: str, fraction: float | None = None) -> None:
@@ -148,7 +148,7 @@ def _ready(pair: Pair, choice: Choice, baseline_seconds: float | None, version: 
         phase="ready",
         choice=choice,
         pair_name=pair.name,
-        device=pair.device,
+        device=pair.place,
         dtype=pair.dtype,
         block_size=pair.block_size,
         context_length=pair.context_length,

@@ -25,7 +25,7 @@ def record(pair: Pair, prompt: str, settings: Settings, *, decode: Decode = deco
         pass
     header = new_header(
         pair=pair.name,
-        device=pair.device,
+        device=pair.place,
         dtype=pair.dtype,
         settings=settings.to_dict(),
         messages=messages,

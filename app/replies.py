@@ -6,47 +6,46 @@ from dataclasses import dataclass
 
 from app.turn import Run
 
-# Measured: the X-ray takes 20 updates a second, 10 when its trace is long; a bubble re-renders its whole Markdown.
-FAST_SECONDS, SLOW_SECONDS = 0.05, 0.1
+# Every frame takes time from a decode that shares the machine: ten a second look live and cost it little.
+FIRST_SECONDS, FAST_SECONDS, SLOW_SECONDS = 0.02, 0.1, 0.2
 LONG_TOKENS = 6000
-# A bubble's cost grows with its text: ten a second at first, then no more than so many characters a second.
-BUBBLE_SECONDS, BUBBLE_CHARACTERS_PER_SECOND = 0.1, 15_000
+# A bubble renders its whole Markdown anew, so no more than so many characters a second.
+BUBBLE_CHARACTERS_PER_SECOND = 15_000
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What changed since the frame before; None means unchanged. `trace` grows, `text` is the whole reply so far."""
+    """What the screen shows of a run: the trace, which grows, the reply so far, why nothing moves."""
 
-    trace: str | None = None
-    text: str | None = None
-    note: str | None = None
-    last: bool = False
+    trace: str = ""
+    text: str = ""
+    note: str = ""
 
 
 def frames(run: Run, clock: Callable[[], float] = time.monotonic) -> Iterator[Frame]:
-    """Frames until the run ends; the last one has the whole trace, the whole text is then `run.text`.
+    """Frames until the run ends, each different; the last one has the whole trace, the whole text is then `run.text`.
 
     Closing the generator stops the run.
     """
-    seen = Frame("", "", "")
-    bubble_due = 0.0
+    seen, bubble_due = Frame(), 0.0
     try:
-        while not run.wait(SLOW_SECONDS if run.stats.new_tokens > LONG_TOKENS else FAST_SECONDS):
-            now, trace, note = clock(), run.ndjson, _note(run)
-            text = run.text if now >= bubble_due else seen.text
-            frame = Frame(_changed(trace, seen.trace), _changed(text, seen.text), _changed(note, seen.note))
-            if frame.text is not None:
-                bubble_due = now + max(BUBBLE_SECONDS, len(text) / BUBBLE_CHARACTERS_PER_SECOND)
-            if frame != Frame():
-                seen = Frame(trace, text, note)
+        while not run.wait(_pause(run.stats.new_tokens)):
+            now, trace, text = clock(), run.ndjson, seen.text
+            if now >= bubble_due and text != run.text:
+                text = run.text
+                bubble_due = now + len(text) / BUBBLE_CHARACTERS_PER_SECOND
+            frame = Frame(trace, text, _note(run))
+            if frame != seen:
+                seen = frame
                 yield frame
-        yield Frame(run.ndjson, None, "", last=True)
+        yield Frame(run.ndjson, seen.text)
     finally:
         run.close()
 
 
-def _changed(new: str, old: str | None) -> str | None:
-    return None if new == old else new
+def _pause(tokens: int) -> float:
+    """Seconds until the next look: the first token is shown at once."""
+    return FIRST_SECONDS if not tokens else FAST_SECONDS if tokens <= LONG_TOKENS else SLOW_SECONDS
 
 
 def _note(run: Run) -> str:

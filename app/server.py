@@ -10,11 +10,15 @@ from app.ui import build, launch_options
 
 log = logging.getLogger(__name__)
 
+HERE = ("127.0.0.1", "localhost", "::1")
+
 
 def serve(chosen: argparse.Namespace) -> int:
     """Open the page, load the pair behind it, stay until interrupted; the exit code."""
     chosen = settled(chosen)
-    engine = make_engine(device=chosen.device, dtype=chosen.dtype, quantize=chosen.quantize)
+    engine = make_engine(
+        device=chosen.device, dtype=chosen.dtype, quantize=chosen.quantize, spare_cores=spare_cores(chosen)
+    )  # fmt: skip
     first = first_choice(chosen)
     limits = public(allowed(first)) if chosen.public else OPEN
     app = build(engine, limits)
@@ -31,6 +35,11 @@ def serve(chosen: argparse.Namespace) -> int:
     print(f"DFlash is at {url}" + (f" and {shared}" if shared else ""), flush=True)
     app.page.block_thread()
     return 0
+
+
+def spare_cores(chosen: argparse.Namespace) -> int:
+    """A browser on this machine needs a core: a decode that takes all of them waits for it in every forward."""
+    return 0 if chosen.public or chosen.host not in HERE else 1
 
 
 def first_choice(chosen: argparse.Namespace) -> Choice:

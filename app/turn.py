@@ -69,7 +69,7 @@ class Run:
         self.recorder = Recorder(
             new_header(
                 pair=pair.name,
-                device=pair.device,
+                device=pair.place,
                 dtype=pair.dtype,
                 settings=settings.to_dict(),
                 messages=messages,

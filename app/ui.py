@@ -9,6 +9,7 @@ from app import (
     api, charts_tab, chat_list, chat_tab, learn_tab, model_panel, race_tab, render, settings_panel, suite_tab, theme, traces_tab,
     widgets,
 )  # fmt: skip
+from app.answering import Answers
 from app.desk import Desk
 from app.engine import Engine
 from app.limits import OPEN, Limits
@@ -50,10 +51,11 @@ def build(engine: Engine, limits: Limits = OPEN, pairs: tuple[str, ...] = pair_n
                 traces_tab.build(chat.xray)
         model_panel.wire(models, status, settings.block_size)
         shelf = chat_list.Shelf(chat.screen, chats, system)
-        chat_tab.Wiring(desk, chat, settings, shelf).connect()
+        wiring = chat_tab.Wiring(desk, chat, settings, shelf)
+        wiring.connect()
         shelf.wire(page)
         settings_panel.remember(settings, page)
-        page.unload(_leaving(desk))
+        page.unload(_leaving(desk, wiring.answers))
         api.build(desk)
     page.queue(max_size=limits.queue_size, default_concurrency_limit=8, api_open=False)
     return App(page, engine, desk)
@@ -86,8 +88,9 @@ def _head() -> gr.HTML:
     return status
 
 
-def _leaving(desk: Desk) -> Any:
+def _leaving(desk: Desk, answers: Answers) -> Any:
     def leave(client: gr.Request) -> None:
+        answers.forget(client.session_hash)
         desk.forget(client.session_hash)
 
     return leave

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from dflash_core.checkpoints import Progress, config_path, fetch, read_json, weight_files
 from dflash_core.config import DraftConfig
@@ -25,6 +27,7 @@ from dflash_core.target_files import (
 )
 
 DEFAULT_PAIR = "smollm2-135m"
+ALL_THREADS = torch.get_num_threads()
 NO_DRAFT = "none"
 EMBEDDED = "embedded"
 DRAFTS_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "drafts"
@@ -57,7 +60,10 @@ def pair_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and its draft, proven to fit each other. Memory is freed when the last reference goes."""
+    """A target and its draft, proven to fit each other. Memory is freed when the last reference goes.
+
+    threads   CPU threads of a forward, None on other devices
+    """
 
     name: str
     target: Target
@@ -66,6 +72,7 @@ class Pair:
     stop_token_ids: tuple[int, ...]
     context_length: int
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    threads: int | None = None
 
     @property
     def block_size(self) -> int | None:
@@ -75,6 +82,13 @@ class Pair:
     @property
     def device(self) -> str:
         return str(self.target.device)
+
+    @property
+    def place(self) -> str:
+        """Where it computes, for people to read: the device, a CPU with its threads."""
+        if self.threads is None:
+            return self.device
+        return f"{self.device}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
     @property
     def dtype(self) -> str:
@@ -102,6 +116,7 @@ def load_pair(
     draft_revision: str | None = None,
     local_files_only: bool = False,
     cache_dir: str | Path | None = None,
+    spare_cores: int = 0,
     progress: Progress | None = None,
 ) -> Pair:
     """Load a named pair, or a target and a draft of your own, and prove that they fit.
@@ -116,6 +131,8 @@ def load_pair(
     quantize        "4bit" or "8bit": the target's weights through bitsandbytes, CUDA only
     revision        branch, tag or commit of the target on the Hub; `draft_revision` of the draft
     cache_dir       where the converted default target is kept; None is the user's cache folder
+    spare_cores     CPU cores that a pair on the CPU leaves to the rest of the program, a page that shows it for instance;
+                    0 leaves PyTorch's number of threads alone
     progress        called with a message and a fraction 0..1 or None; None draws a bar in a terminal
     Raises `LoadError` before anything large is read whenever the configurations already disagree.
     """
@@ -131,7 +148,15 @@ def load_pair(
             there = dict(revision=draft_revision, local_files_only=local_files_only)
             plan = _plan_draft(request.draft, target_config, report, there)
         folder = fetch(source, "the target", report, **here)
-        return _assemble(request, folder, options, plan, report)
+        pair = _assemble(request, folder, options, plan, report)
+    return replace(pair, threads=_threads(spare_cores)) if pair.target.device.type == "cpu" else pair
+
+
+def _threads(spare_cores: int) -> int:
+    """How many threads a forward takes from now on, in this thread and in those that start later."""
+    if spare_cores:
+        torch.set_num_threads(max(1, ALL_THREADS - spare_cores))
+    return torch.get_num_threads()
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class Stage:
         if self.load_error is not None and name not in self.loadable:
             raise self.load_error
         return SimpleNamespace(
-            name=name, tokenizer=self.tokenizer, draft=SimpleNamespace(), block_size=self.block_size, device="cpu",
+            name=name, tokenizer=self.tokenizer, draft=SimpleNamespace(), block_size=self.block_size, place="cpu",
             dtype="float32", context_length=100_000, chat_template_kwargs={}, stop_token_ids=(1,),
         )  # fmt: skip
 

@@ -88,6 +88,19 @@ def test_a_pair_is_what_its_folders_say(good):
     assert pair.tokenizer.decode(pair.tokenizer.encode("the king")) == "the king"
 
 
+def test_a_pair_leaves_cores_to_the_rest_of_the_program(good):
+    before = torch.get_num_threads()
+    try:
+        pair = load(good, spare_cores=1)
+        assert pair.threads == torch.get_num_threads() == max(1, loading.ALL_THREADS - 1)
+        # Loading again takes no further core away, and at least one is left to the pair.
+        assert load(good, spare_cores=1).threads == pair.threads
+        assert load(good, spare_cores=1000).place == "cpu, 1 thread"
+    finally:
+        torch.set_num_threads(before)
+    assert load(good).threads == before
+
+
 @pytest.mark.parametrize("rope", [None, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}])
 def test_a_loaded_draft_computes_what_the_saved_one_did(tmp_path, rope):
     rope = {"rope_type": "default", "rope_theta": 5000.0} | (rope or {})

@@ -14,6 +14,7 @@ import pytest
 from app import space
 from app.desk import Desk
 from app.engine import Choice, Engine
+from app.server import spare_cores
 from app.settings import Settings
 from app.space import ZeroEngine, chunks, events, make_engine
 from app.trace import parse
@@ -68,6 +69,9 @@ def test_a_space_is_open_to_visitors_and_capped_and_nothing_else_is(monkeypatch)
     settled = space.settled(plain)
     assert (settled.host, settled.public, settled.no_browser, settled.share) == ("0.0.0.0", True, True, False)
     assert settled.pair == "qwen3-4b" and settled.port == plain.port
+    assert spare_cores(plain) == 1, "the browser is on this machine and needs a core"
+    assert spare_cores(settled) == 0
+    assert spare_cores(argparse.Namespace(host="0.0.0.0", public=False)) == 0
 
 
 def test_a_space_serves_with_its_engine_once_the_pair_is_there(monkeypatch, stage, gpu):

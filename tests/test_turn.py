@@ -6,8 +6,10 @@ import threading
 import time
 import weakref
 
+import gradio as gr
 import pytest
 
+from app.answering import Answers, Request, Screen
 from app.conversations import (
     GUARD, ConversationError, answered, asked, bubbles, checked, cut, guard, new, prompt_messages, read_import, unguard,
 )  # fmt: skip
@@ -72,10 +74,10 @@ def test_frames_end_with_everything_and_grow_from_each_other(stage):
     stage.steps_per_second = 100
     run = start(stage, LONG)
     seen = list(frames(run))
-    traces = [frame.trace for frame in seen if frame.trace is not None]
-    assert len(traces) > 3
+    traces = [frame.trace for frame in seen]
+    assert len(traces) > 3 and all(one != other for one, other in zip(seen, seen[1:]))
     assert all(later.startswith(earlier) for earlier, later in zip(traces, traces[1:]))
-    assert seen[-1].last and run.text == stage.reply
+    assert run.text == stage.reply and run.text.startswith(seen[-1].text)
     assert len(parse(seen[-1].trace).events) == len(stage.events)
 
 
@@ -268,6 +270,66 @@ def test_a_failed_first_load_is_told_to_whoever_asks(stage):
     assert engine.wait(10) and engine.status.phase == "failed"
     with pytest.raises(DFlashError, match="not installed"):
         engine.borrow()
+
+
+# ---- an answer on the screen
+
+
+@pytest.fixture(scope="module")
+def screen():
+    with gr.Blocks():
+        parts = [gr.Textbox(), gr.Chatbot(), gr.JSON(), *(gr.HTML() for _ in range(4)), gr.Textbox()]
+        return Screen(*parts, (gr.Button(),))
+
+
+def request(text, before=None):
+    before = before or new()
+    return Request(asked(before, text), before, text, Settings(), "tab", "v")
+
+
+def test_a_reply_streams_values_of_three_outputs_only(stage, screen):
+    """Gradio builds an output anew whenever it is left out or updated, in the process that decodes."""
+    stage.steps_per_second = 60
+    answers = Answers(Desk(ready(stage)), screen)
+    opening = answers.ask(request("tell me all"))
+    assert set(opening) == set(screen.outputs) and answers.is_busy("tab")
+    streamed = list(answers.stream("tab"))
+    assert len(streamed) > 3
+    for updates in streamed:
+        assert set(updates) == {screen.xray, screen.chatbot, screen.note} == set(screen.streamed)
+        assert isinstance(updates[screen.xray], str) and isinstance(updates[screen.chatbot], list)
+        assert "__type__" not in updates[screen.note]
+    assert parse(streamed[-1][screen.xray]).text == stage.reply
+    closing = answers.close("tab")
+    reply = closing[screen.conversation]["messages"][-1]
+    assert (reply["role"], reply["content"]) == ("assistant", stage.reply) and closing[screen.selected] == reply["id"]
+    assert not answers.is_busy("tab")
+    # Nothing was asked: nothing changes.
+    assert all(set(updates) == {screen.note} for updates in (*answers.stream("tab"), answers.close("tab")))
+
+
+def test_a_reply_stopped_before_it_begins_gives_the_question_back(stage, screen, monkeypatch):
+    told = []
+    monkeypatch.setattr("app.answering.warn", lambda error: told.append(str(error)))
+    answers = Answers(Desk(ready(stage)), screen)
+    before = new("be brief")
+    answers.ask(request("tell me all", before))
+    answers.stop("tab")
+    assert list(answers.stream("tab")) == [] and stage.live == 0
+    closing = answers.close("tab")
+    assert "Stopped before the reply began" in told[0]
+    assert closing[screen.composer].value == "tell me all" and closing[screen.conversation] == before
+
+
+def test_a_tab_closed_while_it_reads_frees_the_decode(stage, screen):
+    stage.steps_per_second = 20
+    answers = Answers(Desk(ready(stage)), screen)
+    answers.ask(request("tell me all"))
+    shown = answers.stream("tab")
+    next(shown)
+    shown.close()
+    wait_until(lambda: stage.live == 0, 1.0)
+    assert not answers.is_busy("tab")
 
 
 # ---- the desk and its limits

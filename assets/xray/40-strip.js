@@ -13,6 +13,7 @@ class Strip {
     this.node = h('div', { class: 'dfx-strip' }, this.sentence, this.scroller, this.times.node);
     this.slots = [];
     this.shown = '';
+    this.middle = 0;
   }
 
   // phase: 'mask' slots still empty, 'draft' guesses made and not checked, 'verdict' all known.
@@ -29,14 +30,18 @@ class Strip {
     cells.forEach((cell, i) => this.slot(i).fill(cell));
     this.slots.forEach((slot, i) => { slot.node.hidden = i >= cells.length; });
     this.times.show(step, phase);
-    this.centre(step ? Math.min(step.accepted + 1, cells.length - 1) : 0);
+    this.middle = step ? Math.min(step.accepted + 1, cells.length - 1) : 0;
+    this.moved = true;
   }
 
-  // In a narrow view the slot that decided the step is the one to see.
-  centre(i) {
+  // In a narrow view the slot that decided the step is the one to see. Asks for sizes, so it comes after all drawing of a
+  // frame: in the middle of it the browser would lay out the page twice.
+  centre() {
+    if (!this.moved) return;
+    this.moved = false;
     const { scroller, track } = this;
-    if (scroller.scrollWidth <= scroller.clientWidth) return;
-    const slot = track.children[i];
+    const slot = track.children[this.middle];
+    if (scroller.scrollWidth <= scroller.clientWidth || !slot) return;
     scroller.scrollLeft = slot.offsetLeft + slot.offsetWidth / 2 - scroller.clientWidth / 2;
   }
 

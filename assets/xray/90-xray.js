@@ -11,7 +11,8 @@
 // window.dflashXray.clock(lanes)   one clock for several: play() pause() seek(seconds) setSpeed(x) on('time', fn)
 
 const FRAME_BUDGET_MS = 9;
-const CHART_EVERY_MS = 120;
+// Drawing takes time from a decode on the same machine; a replay has none to disturb.
+const CHART_EVERY_MS = { live: 250, replay: 120 };
 
 class XRay {
   constructor(root, handlers) {
@@ -191,12 +192,11 @@ class XRay {
 
   frame(now) {
     this.scheduled = false;
-    const follow = this.player.mode === 'live' && this.stream.sticking;
     const grew = this.take(performance.now() + FRAME_BUDGET_MS);
     const playing = this.player.tick(now);
     this.render(now, grew && this.run.pending);
-    if (grew && follow) this.stream.toBottom();
     if (playing) this.stream.reveal(this.player.cursor);
+    this.strip.centre();
     if (playing || this.run.pending) this.schedule();
     else this.finishUp();
   }
@@ -232,7 +232,7 @@ class XRay {
     this.strip.show(run, index, phase);
     this.controls.show(player);
     this.showState();
-    if (more || now - this.chartsAt < CHART_EVERY_MS) return this.later();
+    if (more || now - this.chartsAt < this.chartEvery) return this.later();
     this.chartsAt = now;
     this.numbers.show(run, player.cursor);
     this.timeline.show(run, player.cursor);
@@ -241,10 +241,16 @@ class XRay {
     return this.notify(index, phase);
   }
 
+  // Milliseconds between two drawings of the charts; the whole run is drawn at once.
+  get chartEvery() {
+    if (!this.run.ended) return CHART_EVERY_MS.live;
+    return this.shownEnd ? CHART_EVERY_MS.replay : 0;
+  }
+
   // The charts were drawn a moment ago: draw them once more when that moment has passed.
   later() {
     if (this.laterTimer) return;
-    this.laterTimer = setTimeout(() => { this.laterTimer = 0; this.schedule(); }, CHART_EVERY_MS);
+    this.laterTimer = setTimeout(() => { this.laterTimer = 0; this.schedule(); }, this.chartEvery);
   }
 
   notify(step, phase) {
