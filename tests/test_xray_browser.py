@@ -86,7 +86,7 @@ def test_a_step_explains_itself(export):
     page = export()
     page.evaluate("void dflashXray('.dfx').seek(0)")
     expect_step(page, 1)
-    sentence = page.locator(".dfx-sentence").text_content().translate({0x2068: None, 0x2069: None})
+    sentence = page.locator(".dfx-sentence").text_content().translate({0x2068: None, 0x2069: None, 0xA0: " "})
     assert sentence == "Step 1: the draft guessed 7 tokens, the target kept 3 and corrected the 4th to ‘ ,’."
     slots = page.locator(f"{STRIP} .dfx-slot:not([hidden])")
     assert slots.evaluate_all("all => all.map(e => e.querySelector('.dfx-verdict').textContent)") == ["", *"✓✓✓✗✗✗✗", ""]
@@ -152,6 +152,15 @@ def test_the_keyboard_alone_is_enough(export):
     page.keyboard.press("Home")
     expect_step(page, 1)
     assert page.locator(".dfx-range").get_attribute("aria-valuetext") == "Step 1 of 4, 4 tokens committed"
+
+
+def test_beside_the_chat_a_whole_block_is_in_view(export):
+    page = export([" understanding"] * 40)
+    page.set_viewport_size({"width": 640, "height": 900})
+    frames(page)
+    wide, room = page.locator(".dfx-block").evaluate("e => [e.scrollWidth, e.clientWidth]")
+    assert wide <= room
+    assert page.locator(f"{STRIP} .dfx-slot:not([hidden])").count() == 9
 
 
 def test_the_timeline_is_a_scrubber(export):

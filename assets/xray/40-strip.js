@@ -68,7 +68,7 @@ const prefillCells = run => (run.prefill
 
 const stepCells = (step, phase) => {
   const k = step.drafted.length;
-  const cells = [{ no: 'anchor', draft: step.pieces.anchor, draftKind: 'anchor', verdict: '',
+  const cells = [{ no: 'anchor', wide: visible(step.pieces.anchor).length, draft: step.pieces.anchor, draftKind: 'anchor', verdict: '',
     aria: `Anchor ${visible(step.pieces.anchor)}, written before` }];
   for (let slot = 1; slot <= k; slot++) cells.push(draftCell(step, slot, phase));
   if (phase === 'verdict') cells.push(extraCell(step, k));
