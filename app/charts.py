@@ -31,14 +31,19 @@ LIGHT = Inks(text="#111827", grid="#dde3ea", accepted="#0072B2", own="#B26A00", 
 DARK = Inks(text="#f3f4f6", grid="#2b3644", accepted="#56B4E9", own="#F0B840", other="#a3a3a3")
 
 
-def figures(events: Sequence[Event], baseline: Sequence[Event] = (), *, dark: bool = False) -> dict[str, go.Figure]:
-    """All figures of one run by name, in reading order."""
+def figures(
+    events: Sequence[Event], baseline: Sequence[Event] = (), *, plain_seconds: float | None = None, dark: bool = False
+) -> dict[str, go.Figure]:
+    """All figures of one run by name, in reading order.
+
+    Plain decoding of the same prompt is `baseline` where it was run, else `plain_seconds` is what a pass took before.
+    """
     stats = summarise(events)
     return {
         "committed": committed_figure(events, dark=dark),
         "positions": positions_figure(stats, dark=dark),
         "lengths": lengths_figure(stats, dark=dark),
-        "over_time": over_time_figure(events, baseline, dark=dark),
+        "over_time": over_time_figure(events, baseline, plain_seconds=plain_seconds, dark=dark),
         "time_split": time_split_figure({"This run": stats} | ({"Plain": summarise(baseline)} if baseline else {}), dark=dark),
     }
 
@@ -100,8 +105,10 @@ def lengths_figure(stats: RunStats, *, dark: bool = False) -> go.Figure:
     return figure
 
 
-def over_time_figure(events: Sequence[Event], baseline: Sequence[Event] = (), *, dark: bool = False) -> go.Figure:
-    """Reply tokens over measured seconds; plain decoding as a dashed line when it was measured."""
+def over_time_figure(
+    events: Sequence[Event], baseline: Sequence[Event] = (), *, plain_seconds: float | None = None, dark: bool = False
+) -> go.Figure:
+    """Reply tokens over measured seconds; plain decoding as a dashed line, run or at the pace measured before."""
     ink = DARK if dark else LIGHT
     figure = _figure("Tokens over time", "seconds", "tokens", ink)
     lanes = [("this run", events, ink.accepted, "solid")] + ([("plain decoding", baseline, ink.other, "dash")] if baseline else [])
@@ -109,6 +116,11 @@ def over_time_figure(events: Sequence[Event], baseline: Sequence[Event] = (), *,
         x, y = tokens_over_time(lane)
         figure.add_scatter(x=x, y=y, name=name, mode="lines", line={"color": colour, "width": 2.5, "dash": dash, "shape": "hv"},
                            hovertemplate="%{y} tokens after %{x:.2f} s")  # fmt: skip
+    if plain_seconds and not baseline and any(isinstance(event, Step) and event.drafted for event in events):
+        x, _ = tokens_over_time(events)
+        figure.add_scatter(x=[x[1], x[-1]], y=[1, 1 + (x[-1] - x[1]) / plain_seconds], name=f"plain, {plain_seconds * 1e3:.0f} ms a token",
+                           mode="lines", line={"color": ink.other, "width": 2.5, "dash": "dash"},
+                           hovertemplate="%{y:.0f} tokens after %{x:.2f} s at the pace measured at the start")  # fmt: skip
     return figure
 
 
@@ -143,9 +155,10 @@ def _figure(title: str, x: str, y: str, ink: Inks) -> go.Figure:
         font={"family": FONT, "size": 13, "color": ink.text},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 56, "r": 20, "t": 56, "b": 48},
-        height=340,
-        legend={"orientation": "h", "traceorder": "normal", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
+        margin={"l": 56, "r": 20, "t": 48, "b": 78},
+        height=360,
+        # Below the figure: beside the title there is no room for it on a phone.
+        legend={"orientation": "h", "traceorder": "normal", "x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "yref": "container"},
         xaxis={"title": x, **axis},
         yaxis={"title": y, **axis},
         modebar={"remove": ["lasso2d", "select2d"]},

@@ -45,4 +45,4 @@ def drawn_figures(ndjson: str, dark: bool) -> Mapping[str, Any] | None:
         trace = parse(ndjson)
     except TraceError:
         return None
-    return figures(trace.events, dark=dark) if trace.stats.steps else None
+    return figures(trace.events, plain_seconds=trace.header["baseline_seconds"], dark=dark) if trace.stats.steps else None

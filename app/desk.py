@@ -77,7 +77,7 @@ class Desk:
             run = Run(
                 pair, messages, settings.capped(self.limits.max_new_tokens),
                 turnstile=self._turnstile, owner=owner or session, paced=session in self._paced, title=title, decode=self.engine.decode,
-                check_tokens=self.limits.check_tokens, on_end=self.engine.give_back,
+                baseline_seconds=self.engine.status.baseline_seconds, check_tokens=self.limits.check_tokens, on_end=self.engine.give_back,
             )  # fmt: skip
         except BaseException:
             self.engine.give_back()

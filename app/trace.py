@@ -32,8 +32,10 @@ def new_header(
     messages: Sequence[Mapping[str, str]] = (),
     drafting: bool = True,
     title: str = "",
+    baseline_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """What line 1 says. `settings` are plain JSON values; `messages` the chat (role, content) that was answered."""
+    """What line 1 says. `settings` are plain JSON values; `messages` the chat (role, content) that was answered;
+    `baseline_seconds` what one pass of plain decoding took on this machine before, None when it was not measured."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -44,6 +46,7 @@ def new_header(
         "dtype": dtype,
         "title": title,
         "drafting": drafting,
+        "baseline_seconds": baseline_seconds,
         "settings": dict(settings),
         "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
     }

@@ -99,12 +99,13 @@ def _read_header(line: str) -> dict[str, Any]:
 def _clean_header(header: Mapping[str, Any]) -> dict[str, Any]:
     """Every field that readers rely on, with the type they rely on."""
     words = {key: str(header.get(key, "")) for key in ("id", "created", "pair", "device", "dtype", "title")}
-    settings, messages = header.get("settings"), header.get("messages")
+    settings, messages, pace = header.get("settings"), header.get("messages"), header.get("baseline_seconds")
     return {
         "format": FORMAT,
         "version": VERSION,
         **words,
         "drafting": bool(header.get("drafting", True)),
+        "baseline_seconds": float(pace) if type(pace) in (int, float) and pace > 0.0 else None,
         "settings": settings if isinstance(settings, dict) else {},
         "messages": [
             {"role": str(message.get("role", "")), "content": str(message.get("content", ""))}

@@ -14,8 +14,8 @@ RECORDED = ASSETS.parent / "traces"
 NONE_YET = "**No trace here yet.** Open a file, show the run from the chat, or look at the recorded example."
 
 
-def build(xray: gr.HTML) -> None:
-    """Inside its tab; `xray` is the chat's."""
+def build(xray: gr.HTML, tab: gr.Tab) -> None:
+    """Inside its tab, which opens on the chat's run; `xray` is the chat's."""
     gr.Markdown(
         "A trace holds one run: its settings, its chat and every step. Open it later or on another machine, "
         "or export it as one HTML page that works offline.",
@@ -30,6 +30,7 @@ def build(xray: gr.HTML) -> None:
     about = gr.Markdown(NONE_YET, elem_classes="dfc-hint", sanitize_html=True)
     viewer = gr.HTML(**xray_kwargs(label="Trace", elem_id="dfc-trace-view"))
     shown = [viewer, about, as_file, as_page]
+    tab.select(_first_look, [viewer, xray], shown, **QUIET)
     from_chat.click(_from_chat, xray, shown, **QUIET)
     opened.upload(_from_file, opened, shown, **QUIET)
     example.click(_example, None, shown, **QUIET)
@@ -38,6 +39,10 @@ def build(xray: gr.HTML) -> None:
 def recorded() -> list[Path]:
     """The traces that ship with the app."""
     return sorted(RECORDED.glob("*.ndjson"))
+
+
+def _first_look(open_here: str | None, ndjson: str | None) -> tuple[Any, ...]:
+    return _show(None) if open_here or not ndjson else _from_chat(ndjson)
 
 
 def _from_chat(ndjson: str | None) -> tuple[Any, ...]:

@@ -57,6 +57,7 @@ class Run:
         owner: str,
         paced: bool = False,
         title: str = "",
+        baseline_seconds: float | None = None,
         decode: Decode = decode,
         check_tokens: Callable[[int], None] = lambda tokens: None,
         on_end: Callable[[], None] = lambda: None,
@@ -75,6 +76,7 @@ class Run:
                 messages=messages,
                 drafting=self._drafting,
                 title=title,
+                baseline_seconds=baseline_seconds,
             ),
             pair.tokenizer,
         )

@@ -47,8 +47,8 @@ def build(engine: Engine, limits: Limits = OPEN, pairs: tuple[str, ...] = pair_n
                 suite_tab.build(race_tab.build(desk, settings, race))
             with gr.Tab("Learn", id="learn"):
                 learn_tab.build(desk)
-            with gr.Tab("Traces", id="traces"):
-                traces_tab.build(chat.xray)
+            with gr.Tab("Traces", id="traces") as traces:
+                traces_tab.build(chat.xray, traces)
         model_panel.wire(models, status, settings.block_size)
         shelf = chat_list.Shelf(chat.screen, chats, system)
         wiring = chat_tab.Wiring(desk, chat, settings, shelf)

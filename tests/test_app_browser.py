@@ -521,9 +521,15 @@ def test_charts_of_the_run(page):
 def test_traces_are_saved_opened_and_exported(page, tmp_path, chromium):
     send(page, "say <b>traced</b>")
     page.wait_for_timeout(200)
+    # The tab opens on the chat's run; the button shows the newest one.
+    page.get_by_role("tab", name="Traces").click()
+    page.wait_for_function("() => dflashXray('#dfc-trace-view')?.info.text.startsWith('<b>traced</b>')")
+    page.get_by_role("tab", name="Chat").click()
+    send(page, "say <b>traced</b> again")
+    page.wait_for_timeout(200)
     page.get_by_role("tab", name="Traces").click()
     page.click("#dfc-trace-chat")
-    page.wait_for_function("() => dflashXray('#dfc-trace-view')?.info.text.startsWith('<b>traced</b>')")
+    page.wait_for_function("() => dflashXray('#dfc-trace-view')?.info.text.startsWith('<b>traced</b> again')")
     with page.expect_download() as download:
         page.click("#dfc-trace-save")
     saved = tmp_path / "run.ndjson"

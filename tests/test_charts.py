@@ -38,6 +38,17 @@ def test_over_time_has_a_baseline_only_when_one_was_measured():
     assert [lane.y[-1] for lane in figure.data] == [39, 39]
 
 
+def test_plain_decoding_that_was_not_run_is_drawn_at_the_pace_measured_before():
+    line = charts.over_time_figure(RUN, plain_seconds=0.05).data[1]
+    start, end = RUN[0].seconds, charts.tokens_over_time(RUN)[0][-1]
+    assert tuple(line.x) == pytest.approx((start, end)) and line.y[0] == 1
+    assert (line.y[1] - 1) * 0.05 == pytest.approx(end - start)
+    assert line.name == "plain, 50 ms a token" and line.line.dash == "dash"
+    # Neither a baseline nor a run beside its own baseline needs it.
+    assert len(charts.over_time_figure(PLAIN, plain_seconds=0.05).data) == 1
+    assert len(charts.over_time_figure(RUN, PLAIN, plain_seconds=0.05).data) == 2
+
+
 def test_time_split_adds_up_to_the_decode_time():
     stats = summarise(RUN)
     figure = charts.time_split_figure({"This run": stats})

@@ -163,6 +163,10 @@ def test_unknown_fields_are_dropped_and_missing_header_fields_filled(text):
     back = trace.parse(with_line("\n".join(rows), 2, surprise=1))
     assert "evil" not in back.header and "surprise" not in back.ndjson
     assert back.header["messages"] == [{"role": "user", "content": ""}] and back.header["settings"] == {}
+    assert back.header["baseline_seconds"] is None
+    for given, kept in (("0.03", 0.03), ("1", 1.0), ("0", None), ("-1", None), ("true", None), ('"1"', None)):
+        rows[0] = f'{{"format":"dflash-trace","version":1,"baseline_seconds":{given}}}'
+        assert trace.parse("\n".join(rows)).header["baseline_seconds"] == kept
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path, text, monkeypatch):

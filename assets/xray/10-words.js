@@ -53,7 +53,10 @@ const visible = (piece, limit = 40) => {
 
 // A token inside a sentence: ‘ the’. The isolates keep right-to-left text from turning the sentence round; no line breaks
 // at the token's own spaces.
-const quoted = piece => `‘\u2068${visible(piece, 24).replace(/␣/g, '\u00a0')}\u2069’`;
+const quoted = piece => {
+  const shown = visible(piece, 24);
+  return `‘\u2068${/^␣+$/.test(shown) ? shown : shown.replace(/␣/g, '\u00a0')}\u2069’`;
+};
 
 const ordinal = n => {
   const tail = n % 100 > 10 && n % 100 < 14 ? 'th' : { 1: 'st', 2: 'nd', 3: 'rd' }[n % 10] || 'th';

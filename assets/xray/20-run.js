@@ -83,6 +83,11 @@ class Run {
     return this.header ? this.header.drafting === false : this.steps.length > 0 && this.k === 0;
   }
 
+  // Seconds of one pass of plain decoding on that machine, measured before this run; null for a baseline.
+  get plainSeconds() {
+    return (this.k && this.header && this.header.baseline_seconds) || null;
+  }
+
   // Sums over the first `count` steps.
   totals(count) {
     return this.sums[Math.max(0, Math.min(count, this.steps.length))];

@@ -179,7 +179,7 @@ const drawLengths = (pen, width, height, run, cursor, ink) => {
   drawBars(lengths, lengths.map((_, i) => i), String, top)(pen, width, height, ink, () => ink.accepted);
 };
 
-// Reply tokens over measured seconds; the dashed line is plain decoding, measured when a baseline is known.
+// Reply tokens over measured seconds; the dashed line is plain decoding: its own run, or the pace measured before this one.
 const drawOverTime = (pen, width, height, run, cursor, ink) => {
   const other = run.other && run.other.steps.length ? run.other : null;
   const longest = Math.max(run.duration, other ? other.duration : 0) || 1;
@@ -192,10 +192,26 @@ const drawOverTime = (pen, width, height, run, cursor, ink) => {
   text(pen, ink.muted, '0', left, height - 4);
   text(pen, ink.text, plural(most, 'token'), left, 10);
   if (other) curve(pen, other, other.steps.length - 1, x, y, ink.muted, [4, 3]);
+  else if (run.plainSeconds && run.prefill) {
+    const start = run.prefill.seconds;
+    dashed(pen, ink.muted, x(start), y(1), x(longest), y(1 + (longest - start) / run.plainSeconds));
+  }
   pen.globalAlpha = 0.3;
   curve(pen, run, run.steps.length - 1, x, y, run.k ? ink.accepted : ink.text);
   pen.globalAlpha = 1;
   curve(pen, run, Math.min(cursor, run.steps.length - 1), x, y, run.k ? ink.accepted : ink.text);
+};
+
+const dashed = (pen, ink, x0, y0, x1, y1) => {
+  pen.strokeStyle = ink;
+  pen.lineWidth = 2;
+  pen.setLineDash([4, 3]);
+  pen.beginPath();
+  pen.moveTo(x0, y0);
+  pen.lineTo(x1, y1);
+  pen.stroke();
+  pen.setLineDash([]);
+  pen.lineWidth = 1;
 };
 
 const curve = (pen, run, until, x, y, ink, dash = []) => {

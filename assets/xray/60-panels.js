@@ -97,7 +97,8 @@ class Charts {
 
   show(run, cursor) {
     this.node.classList.toggle('plain', run.steps.length > 0 && !run.k);
-    setText(this.timeCaption, run.other ? 'dashed: plain decoding' : 'measured seconds');
+    const pace = run.plainSeconds;
+    setText(this.timeCaption, run.other ? 'dashed: plain decoding' : pace ? `dashed: plain, ${seconds(pace)} a token` : 'measured seconds');
     for (const chart of this.all) chart.paint(run, cursor);
   }
 
@@ -105,7 +106,8 @@ class Charts {
     const { offered, kept, lengths } = run.counts(run.steps.length);
     this.positions.describe(offered.map((n, i) => `Position ${i + 1}: ${percent(n ? kept[i] / n : 0)}`).join(', '));
     this.lengths.describe(lengths.map((n, i) => `${i} accepted: ${plural(n, 'step')}`).join(', '));
-    this.time.describe(`${plural(1 + run.totals(run.steps.length).committed, 'token')} in ${seconds(run.duration)}`);
+    const plain = run.plainSeconds ? `; plain decoding takes about ${seconds(run.plainSeconds)} a token` : '';
+    this.time.describe(`${plural(1 + run.totals(run.steps.length).committed, 'token')} in ${seconds(run.duration)}${plain}`);
   }
 }
 
