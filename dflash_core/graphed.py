@@ -81,7 +81,7 @@ class GraphedSession:
     """A `TargetSession` over a static cache. Rolling back is moving the length: rows beyond it are overwritten."""
 
     def __init__(self, target: Any, taps: tuple[int, ...], capacity: int) -> None:
-        self._model, self._device = target.model, target.device
+        self._model, self._device, self._cache_argument = target.model, target.device, target.cache_argument
         self._wanted: list[int] | bool = [i + 1 for i in taps] if taps else False
         self._cache: StaticCache | None = StaticCache(config=target.model.config, max_cache_len=rounded(capacity))
         self._forwards: dict[int, Recorded] = {}
@@ -118,10 +118,10 @@ class GraphedSession:
                 layer.cumulative_length.copy_(start)
         output = self._model(
             ids,
-            past_key_values=self._cache,
             use_cache=True,
             output_hidden_states=self._wanted,
             logits_to_keep=logits_to_keep,
+            **{self._cache_argument: self._cache},
         )
         if not self._wanted:
             return output.logits[0], None

@@ -1,5 +1,6 @@
 """The target behind one narrow door: forward a block, tap layers, take tokens back; knows nothing of drafting or text."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _LINEAR = (
 _STATELESS = (cache_utils.DummyLayer,)
 
 
+def cache_argument(model: Any) -> str:
+    """What a forward of this model calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class Target:
     """A loaded transformers causal language model and the traits that drafting needs to know of it."""
 
@@ -29,6 +35,7 @@ class Target:
         self.model = model.eval().requires_grad_(False)
         self.graphs = can_graph(model) if graphs is None else graphs
         self.config = model.config.get_text_config(decoder=True)
+        self.cache_argument = cache_argument(model)
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         if self._embedding is None or self._head is None:
             raise LoadError(
@@ -133,7 +140,7 @@ class TargetSession:
     """
 
     def __init__(self, target: Target, taps: tuple[int, ...]) -> None:
-        self._model, self._device = target.model, target.device
+        self._model, self._device, self._cache_argument = target.model, target.device, target.cache_argument
         self._embedding_device = target.model.get_input_embeddings().weight.device
         # hidden_states[0] is the embedding, so layer i's output is hidden_states[i + 1].
         self._wanted: list[int] | bool = [i + 1 for i in taps] if taps else False
@@ -179,10 +186,10 @@ class TargetSession:
     def _run(self, ids: Tensor, logits_to_keep: int) -> tuple[Tensor, Tensor | None]:
         output = self._model(
             ids.to(self._embedding_device),
-            past_key_values=self._cache,
             use_cache=True,
             output_hidden_states=self._wanted,
             logits_to_keep=logits_to_keep,
+            **{self._cache_argument: self._cache},
         )
         self.length += ids.shape[1]
         if not self._wanted:

@@ -8,6 +8,7 @@ from transformers.cache_utils import DFlashCache
 
 from dflash_core import SamplingParams
 from dflash_core.bench_methods import hf_draft, make_methods
+from dflash_core.target import cache_argument
 from tests.tiny import TARGETS, tiny_draft, tiny_llama, tiny_pair
 
 FULL = {}
@@ -24,6 +25,10 @@ def uneven(draft):
     return draft
 
 
+def forward(model, block, features, cache, **more):
+    return model(block, features, **{cache_argument(model): cache}, **more)
+
+
 @SHAPES
 @torch.inference_mode()
 def test_one_block_equals_theirs(shape):
@@ -33,7 +38,7 @@ def test_one_block_equals_theirs(shape):
     features = torch.randn(1, 19, 64, generator=generator)
     cache = DFlashCache(config=hf_draft(draft).config)
     cache.set_previous_accepted_tokens(19)
-    theirs = hf_draft(draft)(block, features, past_key_values=cache).last_hidden_state
+    theirs = forward(hf_draft(draft), block, features, cache).last_hidden_state
     positions = torch.arange(23)[None]
     ours = draft(block, draft.project(features), positions[:, 19:], positions[:, :19])
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
@@ -56,7 +61,7 @@ def test_a_cache_fed_in_pieces_equals_theirs(shape):
         if length:
             their_cache.crop(-4)
         positions = torch.arange(length, length + count + 4)[None]
-        theirs = model(block, features, position_ids=positions, past_key_values=their_cache).last_hidden_state
+        theirs = forward(model, block, features, their_cache, position_ids=positions).last_hidden_state
         draft.extend(cache, features)
         torch.testing.assert_close(draft.fill(cache, block), theirs, atol=1e-6, rtol=0)
         length += count
@@ -80,7 +85,7 @@ def test_scaled_rotary_embeddings_equal_theirs(rope):
     block, features = torch.randn(1, 4, 32), torch.randn(1, 19, 64)
     cache = DFlashCache(config=hf_draft(draft).config)
     cache.set_previous_accepted_tokens(19)
-    theirs = hf_draft(draft)(block, features, past_key_values=cache).last_hidden_state
+    theirs = forward(hf_draft(draft), block, features, cache).last_hidden_state
     positions = torch.arange(23)[None]
     ours = draft(block, draft.project(features), positions[:, 19:], positions[:, :19])
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)

@@ -1,5 +1,7 @@
 """A target session forwards, taps and takes back exactly, whatever its layers keep."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -31,6 +33,15 @@ def test_features_are_the_tapped_layers_outputs(target):
     same(features, torch.cat([output.hidden_states[i + 1] for i in taps], -1))
     same(logits, output.logits[0, -1])
     assert target.session(()).prefill(tokens)[1] is None
+
+
+@torch.inference_mode()
+def test_a_forward_uses_nothing_that_transformers_will_drop(target):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        session = target.session((0,))
+        session.prefill(ids(4, 9))
+        session.forward(ids(5, 4))
 
 
 @pytest.mark.parametrize("keep", range(1, 7))

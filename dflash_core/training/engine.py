@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_core.errors import TrainingError
+from dflash_core.target import cache_argument
 from dflash_core.training import slot_kernel
 from dflash_core.training.slots import Fill, Slots, use_slots
 
@@ -73,6 +74,7 @@ class Engine:
         # SDPA's fast kernels want aligned masks.
         self.capacity = -(-capacity // 16) * 16
         use_slots(model)
+        self._cache_argument = cache_argument(model)
         self.attention = slot_kernel.check(self.device, model.dtype, head_size(model))
         self.stop_ids = tuple(stop_token_ids)
         self._stops = torch.tensor(self.stop_ids or (-1,), device=self.device)
@@ -139,9 +141,9 @@ class Engine:
         self.model(
             input_ids=prompts[:, :width],
             position_ids=torch.arange(width, device=self.device)[None],
-            past_key_values=Fill(self._slots, where),
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: Fill(self._slots, where)},
         )
         ends = self._tensor([len(job.prompt) - 1 for job in jobs])
         self._history[where] = prompts.int()
@@ -158,9 +160,9 @@ class Engine:
         logits = self.model(
             input_ids=self._token[:, None],
             position_ids=self._position[:, None],
-            past_key_values=self._slots,
             use_cache=True,
             slot_position=self._position,
+            **{self._cache_argument: self._slots},
         ).logits[:, -1]
         token = torch.where(self._running, pick(logits, self._temperature), self._token)
         self._token.copy_(token)

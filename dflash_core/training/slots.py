@@ -17,7 +17,7 @@ ATTENTION = "slots"  # a name with "flash" in it would be taken for a downloadab
 
 
 class Slots:
-    """The decode-time cache that a model takes as `past_key_values`, per layer [rows, kv_heads, capacity, D]."""
+    """The decode-time cache that a model takes as its cache, per layer [rows, kv_heads, capacity, D]."""
 
     is_compileable = False
 
