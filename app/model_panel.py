@@ -85,7 +85,8 @@ def _sentence(status: Status) -> str:
         return f"{status.pair_name} · {status.device} · {status.dtype} · {draft}"
     if status.phase == "loading":
         percent = "" if status.fraction is None else f" {status.fraction:.0%}"
-        return f"Loading {status.choice.label if status.choice else ''}: {status.stage}{percent}"
+        what = f" {status.choice.label}" if status.choice else ""
+        return f"Loading{what}: {status.stage}{percent}"
     if status.phase == "failed":
         return f"Not loaded. {status.error}"
     return "No model is loaded: choose a pair and load it."

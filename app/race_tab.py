@@ -1,7 +1,7 @@
 """The race: sets it up, runs it, hands the result to the page and to files; measures nothing itself."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,18 +181,59 @@ def _wire(tab: RaceTab, built_in: gr.Dropdown, place: gr.Tab) -> None:
         version = tab.desk.engine.status.version
         return (gr.skip(), gr.skip()) if version == seen else (gr.CheckboxGroup(**_lanes(tab.desk)), version)
 
-    def start(data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
-        yield from _race(tab, data, client)
-
-    def stop(client: gr.Request) -> dict[Any, Any]:
-        tab.desk.close(race_session(client))
-        return closed(tab)
+    def measure(data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[str, Any] | Result]:
+        settings, lanes, repeats = tab.read(data)
+        if not (data[tab.prompt] or "").strip():
+            raise RaceError("The prompt is empty.", "", "Write one or take a built-in prompt.")
+        for told in race(tab.desk, tab.request(data, client, settings, data[tab.prompt]), lanes, repeats):
+            yield told if isinstance(told, Result) else progress_view(told, lanes, repeats)
 
     place.select(refresh, shown, [tab.lanes, shown], queue=False, **QUIET)
     built_in.input(_taken, built_in, tab.prompt, queue=False, **QUIET)
-    running = tab.start.click(
-        start, tab.inputs, tab.outputs, preprocess=False, concurrency_limit=None, concurrency_id="races", **QUIET
+    wire_run(
+        tab, tab.inputs, tab.outputs, {tab.stage: packed(EMPTY), tab.files: gr.Row(visible=False)}, measure,
+        lambda result, _: _shown(tab, result),
+    )  # fmt: skip
+
+
+def wire_run(
+    tab: RaceTab, inputs: set[Any], outputs: list[Any], cleared: Mapping[Any, Any],
+    measure: Callable[[Mapping[Any, Any], gr.Request], Iterator[Any]], show: Callable[[Any, bool], dict[Any, Any]],
+) -> None:  # fmt: skip
+    """Wire start and stop. `measure` tells the progress line's values (dicts), then the result; `show` draws it.
+
+    Three events: at every update Gradio builds all of an event's outputs anew, in the process that is being measured, so
+    the event that measures has one output. `cleared` are the updates at the start; `show` is told whether it is dark.
+    """
+    results: dict[str, Any] = {}
+    dark = gr.Checkbox(visible=False)
+
+    def run(data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
+        results.pop(client.session_hash, None)
+        try:
+            yield from _until_loaded(tab)
+            for told in measure(data, client):
+                if isinstance(told, dict):
+                    yield {tab.progress: packed(told)}
+                else:
+                    results[client.session_hash] = told
+        except DFlashError as error:
+            warn(error)
+            yield {tab.progress: packed(None)}
+
+    def end(is_dark: bool, client: gr.Request) -> dict[Any, Any]:
+        result = results.pop(client.session_hash, None)
+        return _closed(tab) | ({} if result is None else show(result, is_dark))
+
+    def stop(client: gr.Request) -> dict[Any, Any]:
+        tab.desk.close(race_session(client))
+        return _closed(tab)
+
+    begun = tab.start.click(lambda: _opened(tab) | dict(cleared), None, outputs, concurrency_limit=None, **QUIET)
+    running = begun.then(
+        run, inputs, [tab.progress], preprocess=False, concurrency_limit=None, concurrency_id="races", **QUIET
     )
+    running.then(end, dark, outputs, js="() => [document.body.classList.contains('dark')]", concurrency_limit=None, **QUIET)
     tab.stop.click(stop, None, [tab.start, tab.stop, tab.progress], cancels=[running], queue=False, **QUIET)
 
 
@@ -200,32 +241,12 @@ def _taken(text: str | None) -> Any:
     return text or gr.skip()
 
 
-def _race(tab: RaceTab, data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
-    yield opened(tab) | {tab.stage: packed(EMPTY), tab.files: gr.Row(visible=False)}
-    result = None
-    try:
-        yield from until_loaded(tab)
-        settings, lanes, repeats = tab.read(data)
-        if not (data[tab.prompt] or "").strip():
-            raise RaceError("The prompt is empty.", "", "Write one or take a built-in prompt.")
-        for told in race(tab.desk, tab.request(data, client, settings, data[tab.prompt]), lanes, repeats):
-            if isinstance(told, Result):
-                result = told
-            else:
-                yield {tab.progress: packed(progress_view(told, lanes, repeats))}
-    except DFlashError as error:
-        warn(error)
-    yield closed(tab) | ({} if result is None else _shown(tab, result))
-
-
-def until_loaded(tab: RaceTab) -> Iterator[dict[Any, Any]]:
-    if not tab.desk.engine.wait(0):
+def _until_loaded(tab: RaceTab) -> Iterator[dict[Any, Any]]:
+    while not tab.desk.engine.wait(LOAD_POLL_SECONDS):
         yield {tab.progress: packed({"text": "The model is still loading: the race starts as soon as it is ready."})}
-        while not tab.desk.engine.wait(LOAD_POLL_SECONDS):
-            yield {tab.start: gr.skip()}
 
 
-def opened(tab: RaceTab) -> dict[Any, Any]:
+def _opened(tab: RaceTab) -> dict[Any, Any]:
     return {
         tab.start: gr.Button(interactive=False),
         tab.stop: gr.Button(visible=True),
@@ -233,7 +254,7 @@ def opened(tab: RaceTab) -> dict[Any, Any]:
     }
 
 
-def closed(tab: RaceTab) -> dict[Any, Any]:
+def _closed(tab: RaceTab) -> dict[Any, Any]:
     return {tab.start: gr.Button(interactive=True), tab.stop: gr.Button(visible=False), tab.progress: packed(None)}
 
 

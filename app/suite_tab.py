@@ -11,17 +11,15 @@ import gradio as gr
 from app import suites
 from app.race import RaceError
 from app.race_charts import suite_figure
-from app.race_tab import RaceTab, closed, opened, race_session, until_loaded
+from app.race_tab import RaceTab, wire_run
 from app.race_view import TABLE_HEAD, suite_progress_view, table_rows
 from app.race_words import as_csv
-from app.widgets import QUIET, channel, packed, warn
-from dflash_core import DFlashError
+from app.widgets import channel, packed
 
 HINT = (
     "The built-in prompts through the lanes and with the repeats chosen above. Whiskers and spreads reach from the "
     "slowest to the fastest repeat; the camera in the figure's corner saves a PNG."
 )
-WITH_SCHEME = "(...all) => [...all.slice(0, -1), document.body.classList.contains('dark')]"
 
 
 def build(race: RaceTab) -> None:
@@ -47,37 +45,21 @@ def build(race: RaceTab) -> None:
                     gr.DownloadButton(words, size="sm", elem_id=f"dfr-suite-{kind}")
                     for kind, words in (("csv", "Table (CSV)"), ("json", "All numbers (JSON)"))
                 ]
-        dark = gr.Checkbox(visible=False)
+    def measure(data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[str, Any] | suites.SuiteResult]:
+        return _told(race, data, client, suites.pick(data[categories] or (), int(data[each])))
+
+    def show(result: suites.SuiteResult, dark: bool) -> dict[Any, Any]:
+        rows = suites.table(result)
+        return {
+            body: gr.Column(visible=True), plot: suite_figure(rows, dark=dark),
+            table: packed({"head": TABLE_HEAD, "rows": table_rows(rows)}), **_saved(result, downloads),
+        }  # fmt: skip
+
     own = replace(race, start=start, stop=stop, progress=progress)
-
-    def run(data: Mapping[Any, Any], client: gr.Request) -> Iterator[dict[Any, Any]]:
-        yield opened(own) | {body: gr.Column(visible=False)}
-        result = None
-        try:
-            yield from until_loaded(own)
-            prompts = suites.pick(data[categories] or (), int(data[each]))
-            for told in _told(race, data, client, prompts):
-                if isinstance(told, suites.SuiteResult):
-                    result = told
-                else:
-                    yield {progress: packed(told)}
-        except DFlashError as error:
-            warn(error)
-        yield closed(own) | ({} if result is None else {
-            body: gr.Column(visible=True), plot: suite_figure(suites.table(result), dark=bool(data[dark])),
-            table: packed({"head": TABLE_HEAD, "rows": table_rows(suites.table(result))}), **_saved(result, downloads),
-        })  # fmt: skip
-
-    def halt(client: gr.Request) -> dict[Any, Any]:
-        race.desk.close(race_session(client))
-        return closed(own)
-
-    # Inputs come in the order the widgets were made in, so the scheme stands last.
-    running = start.click(
-        run, race.inputs | {categories, each, dark}, [start, stop, progress, body, plot, table, *downloads],
-        preprocess=False, js=WITH_SCHEME, concurrency_limit=None, concurrency_id="races", **QUIET,
+    wire_run(
+        own, race.inputs | {categories, each}, [start, stop, progress, body, plot, table, *downloads],
+        {body: gr.Column(visible=False)}, measure, show,
     )  # fmt: skip
-    stop.click(halt, None, [start, stop, progress], cancels=[running], queue=False, **QUIET)
 
 
 def _told(
