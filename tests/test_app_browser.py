@@ -492,6 +492,17 @@ def test_a_phone_shows_chat_then_x_ray_and_never_scrolls_sideways(chromium, serv
     page.close()
 
 
+def test_a_small_screen_has_the_whole_block_in_view(chromium, served):
+    page = chromium.new_page(viewport={"width": 1024, "height": 768})
+    page.goto(served.url)
+    page.wait_for_selector(COMPOSER)
+    page.wait_for_function("() => !document.querySelector('.sidebar.open')")
+    send(page, "tell me about the sea")
+    slots, buttons = page.locator("#dfc-xray .dfx-block").bounding_box(), page.locator("#dfc-xray .dfx-controls").bounding_box()
+    assert slots["y"] + slots["height"] <= buttons["y"] + 1 and slots["x"] + slots["width"] <= 1024
+    page.close()
+
+
 def test_keyboard_only(page):
     page.keyboard.press("Escape")
     page.evaluate("() => document.activeElement.blur()")

@@ -187,17 +187,19 @@ function restoreScheme() {
   if (scheme && !new URLSearchParams(location.search).has('__theme')) applyScheme(scheme === 'dark');
 }
 
-// On a phone the sidebar covers the page: it starts closed there, and closes when the window becomes that narrow.
-const narrow = matchMedia('(max-width: 768px)');
-function closeSidebarWhenNarrow() {
-  if (!narrow.matches) return;
+// On a phone the sidebar covers the page, on a small screen it takes the room that the block needs: it starts closed there,
+// and closes when the window becomes that narrow.
+const phone = matchMedia('(max-width: 768px)');
+const narrow = matchMedia('(max-width: 1150px)');
+function closeSidebarWhenNarrow(limit = narrow) {
+  if (!limit.matches) return;
   const toggle = document.querySelector('.sidebar.open .toggle-button');
   if (toggle) toggle.click();
 }
 
 function afterNew() {
   rememberCurrent(NEW);
-  closeSidebarWhenNarrow();
+  closeSidebarWhenNarrow(phone);
   focusComposer();
 }
 
@@ -205,6 +207,6 @@ function startPage() {
   cleanCopies();
   restoreScheme();
   watchChat();
-  narrow.addEventListener('change', closeSidebarWhenNarrow);
+  for (const limit of [phone, narrow]) limit.addEventListener('change', () => closeSidebarWhenNarrow(limit));
   document.addEventListener('keydown', onKey, true);
 }
