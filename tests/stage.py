@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,3 +124,13 @@ def scripted_step(tokens: Sequence[int], position: int, k: int, index: int) -> S
         target_confidence=tuple(round(0.95 * 0.95**i, 3) for i in range(k + 1)),
         draft_seconds=0.004 if k else 0.0, verify_seconds=0.009,
     )  # fmt: skip
+
+
+@contextmanager
+def paced(stage: Stage, steps_per_second: float) -> Iterator[None]:
+    """The stage decodes at another pace for a while."""
+    before, stage.steps_per_second = stage.steps_per_second, steps_per_second
+    try:
+        yield
+    finally:
+        stage.steps_per_second = before

@@ -3,14 +3,13 @@
 import json
 import re
 import time
-from contextlib import contextmanager
 
 import pytest
 
 from app.engine import Choice
 from dflash_core import DFlashError
 from tests.conftest import serve_stage
-from tests.stage import DEFAULT_REPLY, Stage
+from tests.stage import DEFAULT_REPLY, Stage, paced
 
 COMPOSER = "#dfc-composer textarea"
 REPLY = ".dfc-chat .bot-row [data-testid=bot]"
@@ -52,15 +51,6 @@ def stream_text(page):
 def button(page, name, nth=-1):
     found = page.locator(f'.dfc-chat .message-buttons button[aria-label="{name}"], .dfc-chat .message-buttons button[title="{name}"]')
     return found.nth(nth) if nth >= 0 else found.last
-
-
-@contextmanager
-def paced(stage, steps_per_second):
-    before, stage.steps_per_second = stage.steps_per_second, steps_per_second
-    try:
-        yield
-    finally:
-        stage.steps_per_second = before
 
 
 # ---- chatting

@@ -12,7 +12,7 @@ import pytest
 from app.engine import Choice, Engine
 from app.learn import tour
 from tests.conftest import serve, serve_stage
-from tests.stage import DEFAULT_REPLY, Stage
+from tests.stage import DEFAULT_REPLY, Stage, paced
 
 CARDS = tour()["cards"]
 LANE_TEXT = "document.querySelector(`[data-lane='${key}'] .dfx-text`).textContent"
@@ -44,15 +44,6 @@ def lane_text(page, key):
 def toasts(page):
     page.wait_for_selector(".toast-body")
     return page.locator(".toast-body").all_inner_texts()
-
-
-@contextmanager
-def paced(stage, steps_per_second):
-    before, stage.steps_per_second = stage.steps_per_second, steps_per_second
-    try:
-        yield
-    finally:
-        stage.steps_per_second = before
 
 
 @contextmanager
