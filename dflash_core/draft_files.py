@@ -1,11 +1,14 @@
-"""Reads a draft model from a checkpoint folder and proves it complete; knows nothing of targets, pairs or the Hub."""
+"""Writes a draft model's checkpoint folder, reads one and proves it complete; knows nothing of targets, pairs or the Hub."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dflash_core.checkpoints import weight_errors
 from dflash_core.config import DraftConfig
@@ -14,6 +17,15 @@ from dflash_core.model import DFlashDraftModel
 
 ARCHITECTURE = "DFlashDraftModel"
 DTYPES = ("F32", "F16", "BF16")
+
+
+def write_draft(folder: Path, config: DraftConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write the public layout: config.json and model.safetensors, in the dtype that the weights have."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    raw = config.to_dict() | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def read_draft_config(raw: dict[str, Any]) -> DraftConfig:

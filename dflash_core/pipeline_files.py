@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
+from dflash_core.draft_files import write_draft
 from dflash_core.errors import LoadError
 from dflash_core.loading import Pair, check_fit
 from dflash_core.model import DFlashDraftModel
@@ -31,21 +30,14 @@ def pair_of(name: str, model: Any, draft: DFlashDraftModel | None, tokenizer: An
     )
 
 
-def save_draft(draft: DFlashDraftModel, folder: Path) -> None:
-    """Write a draft in the public layout: config.json and model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.contiguous() for name, weight in draft.state_dict().items()}, folder / "model.safetensors")
-    config = draft.config.to_dict() | {"dtype": str(draft.fc.weight.dtype).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def save_pair(pair: Pair, folder: Path, scheduler: dict[str, Any]) -> None:
     """Write target and tokenizer, draft, and an index with the scheduler's settings."""
     pair.target.model.save_pretrained(folder / TARGET_FOLDER)
     if pair.tokenizer is not None:
         pair.tokenizer.save_pretrained(folder / TARGET_FOLDER)
     if pair.draft is not None:
-        save_draft(pair.draft, folder / DRAFT_FOLDER)
+        (folder / DRAFT_FOLDER).mkdir(parents=True, exist_ok=True)
+        write_draft(folder / DRAFT_FOLDER, pair.draft.config, pair.draft.state_dict())
     index = {"_class_name": "DFlashPipeline", "draft_model": pair.draft is not None, "scheduler": scheduler}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

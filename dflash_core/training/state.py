@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dflash_core.config import DraftConfig
+from dflash_core.draft_files import write_draft
 from dflash_core.errors import TrainingError
 from dflash_core.training.report import shown_bytes
 
@@ -29,10 +30,8 @@ STATE_BYTES_PER_PARAMETER = 16
 
 def save_draft(folder: Path, config: DraftConfig, weights: Mapping[str, Tensor], card: str) -> None:
     """Write a draft checkpoint in the public layout; the weights are rounded to bfloat16. Raises `TrainingError`."""
-    rounded = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in weights.items()}
     with _writing(folder) as fresh:
-        save_file(rounded, fresh / "model.safetensors", metadata={"format": "pt"})
-        (fresh / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
+        write_draft(fresh, config, {name: tensor.detach().to(torch.bfloat16) for name, tensor in weights.items()})
         (fresh / "README.md").write_text(card, "utf-8")
 
 
