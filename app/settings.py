@@ -55,7 +55,7 @@ def _whole(value: Any) -> int:
 
 
 def _whole_or_none(value: Any) -> int | None:
-    return None if value is None or value == "" else _whole(value)
+    return None if value is None or not str(value).strip() else _whole(value)
 
 
 _KINDS = {

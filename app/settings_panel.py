@@ -24,7 +24,7 @@ class SettingsPanel:
     top_p: gr.Slider
     top_k: gr.Slider
     max_new_tokens: gr.Slider
-    seed: gr.Number
+    seed: gr.Textbox
     acceptance: gr.Radio
 
     @property
@@ -63,9 +63,10 @@ def build(limits: Limits, system: gr.Textbox) -> SettingsPanel:
         top_k = gr.Slider(0, 200, start.top_k, step=1, label="Top-k", info="0 is off.", elem_id="dfc-top-k")
         acceptance = gr.Radio(
             [("Match", "match"), ("Rejection sampling", "rejection")], value=start.acceptance, label="Acceptance rule",
-            info="Both keep the target's distribution; they differ above temperature 0.", elem_id="dfc-acceptance",
+            info="Above temperature 0. Match: one seed, one text, drafting or not. Rejection sampling accepts more.", elem_id="dfc-acceptance",
         )  # fmt: skip
-        seed = gr.Number(None, label="Seed", info="Empty draws a new one.", precision=0, minimum=0, elem_id="dfc-seed")
+        # No gr.Number: an empty one becomes 0 when it is first seen, and then every reply to a question is the same.
+        seed = gr.Textbox(label="Seed", placeholder="empty: a new one for each reply", max_lines=1, elem_id="dfc-seed")
     max_new_tokens = gr.Slider(1, most, start.max_new_tokens, step=1, label="Max tokens", elem_id="dfc-max-tokens")
     panel = SettingsPanel(
         system, drafting, block_size, preset, temperature, top_p, top_k, max_new_tokens, seed, acceptance

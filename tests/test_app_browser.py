@@ -166,6 +166,28 @@ def test_a_preset_sets_the_sliders_and_a_slider_leaves_it(page):
     page.wait_for_function("() => [...document.querySelectorAll('#dfc-preset label')].at(-1).querySelector('input').checked")
 
 
+def test_looking_at_the_seed_does_not_set_one(page):
+    """The field is made when its accordion opens, and an empty one must stay empty."""
+    seed = "() => dflashXray('#dfc-xray').run.header.settings.seed"
+    page.get_by_role("button", name="Sampling").click()
+    page.locator("#dfc-preset").get_by_text("Balanced").click()
+    page.wait_for_selector("#dfc-seed")
+    send(page, "say one")
+    assert page.evaluate(seed) is None
+    page.fill("#dfc-seed textarea, #dfc-seed input", "7")
+    page.keyboard.press("Tab")
+    send(page, "say two")
+    assert page.evaluate(seed) == 7
+    page.fill("#dfc-seed textarea, #dfc-seed input", "lucky")
+    page.keyboard.press("Tab")
+    page.fill(COMPOSER, "say three")
+    page.press(COMPOSER, "Enter")
+    page.wait_for_selector(".toast-body >> text=lucky")
+    page.wait_for_timeout(300)
+    page.reload()
+    page.wait_for_selector(COMPOSER)
+
+
 def test_settings_survive_a_reload(page):
     page.locator("#dfc-preset").get_by_text("Balanced").click()
     page.fill("#dfc-max-tokens input[type=number]", "77")

@@ -389,12 +389,13 @@ def test_settings_come_from_widgets_and_go_to_the_core():
     settings = Settings.of({"temperature": 1, "top_k": 5.0, "seed": "", "block_size": None, "noise": 1})
     assert (settings.temperature, settings.top_k, settings.seed, settings.block_size) == (1.0, 5, None, None)
     assert settings.params().top_k == 5
-    assert Settings.of({"seed": 7.0}).params().seed == 7
+    assert Settings.of({"seed": 7.0}).params().seed == Settings.of({"seed": " 7 "}).seed == 7
+    assert Settings.of({"seed": "  "}).seed is None
 
 
 @pytest.mark.parametrize(
     "raw", [{"temperature": "hot"}, {"temperature": -1}, {"top_p": 0}, {"top_k": 1.5}, {"max_new_tokens": 0}, {"block_size": 1},
-            {"acceptance": "always"}, {"seed": -5}, {"temperature": float("nan")}, {"max_new_tokens": float("inf")}],
+            {"acceptance": "always"}, {"seed": -5}, {"seed": "lucky"}, {"temperature": float("nan")}, {"max_new_tokens": float("inf")}],
 )  # fmt: skip
 def test_settings_out_of_range_are_readable_errors(raw):
     with pytest.raises(DFlashError):
