@@ -66,7 +66,7 @@ def build(limits: Limits, system: gr.Textbox) -> SettingsPanel:
             info="Above temperature 0. Match: one seed, one text, drafting or not. Rejection sampling accepts more.", elem_id="dfc-acceptance",
         )  # fmt: skip
         # No gr.Number: an empty one becomes 0 when it is first seen, and then every reply to a question is the same.
-        seed = gr.Textbox(label="Seed", placeholder="empty: a new one for each reply", max_lines=1, elem_id="dfc-seed")
+        seed = gr.Textbox(label="Seed", info="Empty draws a new one.", max_lines=1, elem_id="dfc-seed")
     max_new_tokens = gr.Slider(1, most, start.max_new_tokens, step=1, label="Max tokens", elem_id="dfc-max-tokens")
     panel = SettingsPanel(
         system, drafting, block_size, preset, temperature, top_p, top_k, max_new_tokens, seed, acceptance

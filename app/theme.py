@@ -32,6 +32,7 @@ def theme() -> gr.themes.Base:
         button_secondary_background_fill_hover="#eef2f6", button_secondary_background_fill_hover_dark="#25303b",
         button_secondary_border_color="#cfd6de", button_secondary_border_color_dark="#384552",
         input_background_fill="#ffffff", input_background_fill_dark="#11171d",
+        input_border_width="1px", input_border_width_dark="1px",
         input_border_color="#cfd6de", input_border_color_dark="#384552",
         slider_color="#0072b2", slider_color_dark="#56b4e9",
         color_accent_soft="#e6f2fa", color_accent_soft_dark="#17303f",
