@@ -96,7 +96,7 @@ class Answers:
             return
         desk, screen, request = self.desk, self.screen, answer.request
         try:
-            yield from _until_loaded(desk, screen, request)
+            yield from self._until_loaded(answer)
             if answer.stopped:
                 raise DFlashError("Stopped before the reply began.", "", "Your message is back in the box.")
             answer.run = desk.open(
@@ -131,7 +131,20 @@ class Answers:
     def forget(self, session: str) -> None:
         """The tab is gone, or its reply is whole."""
         with self._lock:
-            self._answers.pop(session, None)
+            answer = self._answers.pop(session, None)
+        if answer is not None:
+            answer.stopped = True
+
+    def _until_loaded(self, answer: _Answer) -> Iterator[dict[Any, Any]]:
+        """A question asked while the model loads is kept and answered when it is ready, unless it is stopped."""
+        engine, note = self.desk.engine, self.screen.note
+        if not engine.wait(0):
+            yield {note: packed({"text": "The model is still loading: your message is sent as soon as it is ready."})}
+            while not engine.wait(LOAD_POLL_SECONDS):
+                if answer.stopped:
+                    raise DFlashError("Stopped before the model was ready.", "", "Your message is back in the box.")
+                yield {note: gr.skip()}
+            yield {note: packed({"text": ""})}
 
     def _of(self, session: str) -> _Answer | None:
         with self._lock:
@@ -150,19 +163,6 @@ def _opening(screen: Screen, request: Request) -> dict[Any, Any]:
         screen.selected: "",
         **{widget: type(widget)(interactive=False) for widget in screen.locked},
     }
-
-
-def _until_loaded(desk: Desk, screen: Screen, request: Request) -> Iterator[dict[Any, Any]]:
-    """A question asked while the model loads is kept and answered when it is ready, unless it is stopped."""
-    if not desk.engine.wait(0):
-        desk.hold(request.session)
-        yield {screen.note: packed({"text": "The model is still loading: your message is sent as soon as it is ready."})}
-        while not desk.engine.wait(LOAD_POLL_SECONDS):
-            if not desk.is_held(request.session):
-                raise DFlashError("Stopped before the model was ready.", "", "Your message is back in the box.")
-            yield {screen.note: gr.skip()}
-        desk.release(request.session)
-        yield {screen.note: packed({"text": ""})}
 
 
 def _fitted(desk: Desk, settings: Settings) -> Settings:

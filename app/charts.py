@@ -56,7 +56,7 @@ def committed_figure(events: Sequence[Event], *, dark: bool = False) -> go.Figur
     drafted = [min(step.accepted, len(step.committed)) for step in steps]
     own = [len(step.committed) - kept for step, kept in zip(steps, drafted)]
     mean = running_mean(committed_per_step(events))
-    figure = _figure("Committed tokens per step", "step", "tokens", ink)
+    figure = blank("Committed tokens per step", "step", "tokens", ink)
     figure.add_bar(x=numbers, y=drafted, name="accepted", marker_color=ink.accepted, hovertemplate="%{y} accepted")
     figure.add_bar(x=numbers, y=own, name="correction or bonus", marker=_hatched(ink.own), hovertemplate="%{y} own")
     figure.add_scatter(x=numbers, y=mean, name="running mean τ", mode="lines", line={"color": ink.text, "width": 2},
@@ -72,7 +72,7 @@ def positions_figure(stats: RunStats, *, dark: bool = False) -> go.Figure:
     """The share of drafted tokens accepted at each position of the block."""
     ink = DARK if dark else LIGHT
     shares = stats.acceptance_by_position
-    figure = _figure("Accepted by position in the block", "position", "accepted", ink)
+    figure = blank("Accepted by position in the block", "position", "accepted", ink)
     figure.add_bar(
         x=list(range(1, len(shares) + 1)),
         y=list(shares),
@@ -91,7 +91,7 @@ def positions_figure(stats: RunStats, *, dark: bool = False) -> go.Figure:
 def lengths_figure(stats: RunStats, *, dark: bool = False) -> go.Figure:
     """How many steps accepted exactly 0, 1, … k drafted tokens."""
     ink = DARK if dark else LIGHT
-    figure = _figure("Accepted tokens per step", "drafted tokens accepted", "steps", ink)
+    figure = blank("Accepted tokens per step", "drafted tokens accepted", "steps", ink)
     figure.add_bar(
         x=list(range(len(stats.accepted_lengths))),
         y=list(stats.accepted_lengths),
@@ -110,7 +110,7 @@ def over_time_figure(
 ) -> go.Figure:
     """Reply tokens over measured seconds; plain decoding as a dashed line, run or at the pace measured before."""
     ink = DARK if dark else LIGHT
-    figure = _figure("Tokens over time", "seconds", "tokens", ink)
+    figure = blank("Tokens over time", "seconds", "tokens", ink)
     lanes = [("this run", events, ink.accepted, "solid")] + ([("plain decoding", baseline, ink.other, "dash")] if baseline else [])
     for name, lane, colour, dash in lanes:
         x, y = tokens_over_time(lane)
@@ -127,7 +127,7 @@ def over_time_figure(
 def time_split_figure(runs: dict[str, RunStats], *, dark: bool = False) -> go.Figure:
     """Where the seconds after the prefill went, one bar per run: drafting, verifying, anything else."""
     ink = DARK if dark else LIGHT
-    figure = _figure("Where the time went", "seconds after the prefill", "", ink)
+    figure = blank("Where the time went", "seconds after the prefill", "", ink)
     parts = (
         ("draft", lambda stats: stats.draft_seconds, _hatched(ink.accepted)),
         ("verify", lambda stats: stats.verify_seconds, {"color": ink.accepted}),
@@ -147,7 +147,8 @@ def _hatched(colour: str) -> dict[str, Any]:
     return {"color": colour, "pattern": {"shape": "/", "size": 5, "solidity": 0.25}}
 
 
-def _figure(title: str, x: str, y: str, ink: Inks) -> go.Figure:
+def blank(title: str, x: str, y: str, ink: Inks) -> go.Figure:
+    """A figure with its title, axes and colours, and nothing drawn."""
     figure = go.Figure()
     axis = {"gridcolor": ink.grid, "linecolor": ink.grid, "zerolinecolor": ink.grid, "rangemode": "tozero"}
     figure.update_layout(

@@ -22,22 +22,8 @@ class Desk:
         self.engine, self.limits = engine, limits
         self._turnstile, self._rate = Turnstile(), RunRate(limits.runs_per_minute)
         self._runs: dict[str, Run] = {}
-        self._held: set[str] = set()
         self._paced: set[str] = set()
         self._lock = threading.Lock()
-
-    def hold(self, session: str) -> None:
-        """The session waits for the model; `release` or `stop` ends it."""
-        with self._lock:
-            self._held.add(session)
-
-    def is_held(self, session: str) -> bool:
-        with self._lock:
-            return session in self._held
-
-    def release(self, session: str) -> None:
-        with self._lock:
-            self._held.discard(session)
 
     def pace(self, session: str, paced: bool) -> None:
         """Whether the session's runs, this one and the next, wait for a click after every pass."""
@@ -54,8 +40,7 @@ class Desk:
             self._paced.discard(session)
 
     def stop(self, session: str) -> None:
-        """End what the session waits for or runs; what was decoded stays readable."""
-        self.release(session)
+        """End the session's run; what was decoded stays readable."""
         run = self.run(session)
         if run is not None:
             run.stop()
@@ -97,7 +82,6 @@ class Desk:
 
     def close(self, session: str) -> None:
         """Stop the session's run and forget it; harmless without one."""
-        self.release(session)
         with self._lock:
             run = self._runs.pop(session, None)
         if run is not None:

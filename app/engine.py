@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from app.turn import Decode, prompt_ids
-from dflash_core import DFlashError, Pair, SamplingParams, Step, decode, load_pair
+from dflash_core import DFlashError, Pair, SamplingParams, Step, decode, load_pair, pair_names
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class EngineError(DFlashError):
 class Choice:
     """Which pair to load: a name, or a target with its own draft (ids or folders)."""
 
-    name: str = "smollm2-135m"
+    name: str = pair_names()[0]
     target: str | None = None
     draft: str | None = None
 

@@ -8,7 +8,7 @@ import gradio as gr
 
 from app.answering import visitor_of
 from app.desk import Desk
-from app.learn import ASSETS, Costs, costs, tour
+from app.learn import Costs, costs, tour
 from app.race import RaceError, Result, chosen
 from app.race_runs import Request, race
 from app.settings import Settings
@@ -16,7 +16,6 @@ from app.trace import TraceError, parse
 from app.widgets import QUIET, channel, packed, warn
 from dflash_core import DFlashError
 
-LEARN_ASSETS = ASSETS / "learn"
 MEASURED_TOKENS, MEASURED_REPEATS = 48, 2
 QUESTION = "Explain what a black hole is to a ten-year-old."
 SCRIPT = """
@@ -54,14 +53,6 @@ def build(desk: Desk) -> None:
             return packed({"costs": None})
 
     stage.measure(measure, None, measured, concurrency_limit=None, concurrency_id="races", **QUIET)
-
-
-def head() -> str:
-    """The tour's style and script, for `launch(head=...)`, after the page's own."""
-    style = "".join(path.read_text(encoding="utf-8") for path in sorted(LEARN_ASSETS.glob("*.css")))
-    script = "".join(path.read_text(encoding="utf-8") for path in sorted(LEARN_ASSETS.glob("*.js")))
-    assert "</s" not in style + script
-    return f"<style>{style}</style>\n<script>(() => {{\n'use strict';\n{script}}})();</script>\n"
 
 
 def measure_costs(desk: Desk, client: Any) -> Costs:

@@ -5,7 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from app.charts import DARK, FONT, LIGHT
+from app.charts import DARK, LIGHT, blank
 from app.suites import ALL
 
 # Lanes are told apart by hue and by hatching; plain decoding is always the grey one.
@@ -17,7 +17,7 @@ def suite_figure(rows: Sequence[dict[str, Any]], *, dark: bool = False) -> go.Fi
     ink = DARK if dark else LIGHT
     colours = (ink.other, ink.accepted, ink.accepted, ink.own, ink.own, ink.accepted)
     lanes = list(dict.fromkeys(row["lane"] for row in rows))
-    figure = go.Figure()
+    figure = blank("Tokens per second by kind of prompt", "", "tokens per second", ink)
     for number, lane in enumerate(lanes):
         own = [row for row in rows if row["lane"] == lane]
         median = [row["tokens_per_second"] for row in own]
@@ -38,26 +38,13 @@ def suite_figure(rows: Sequence[dict[str, Any]], *, dark: bool = False) -> go.Fi
             textangle=0,
             hovertemplate="%{y:.1f} tok/s (%{customdata[1]:.1f}–%{customdata[2]:.1f}), %{customdata[0]:.2f}× plain",
         )  # fmt: skip
-    axis = {"gridcolor": ink.grid, "linecolor": ink.grid, "zerolinecolor": ink.grid}
     figure.update_layout(
-        title={
-            "text": "Tokens per second by kind of prompt",
-            "x": 0,
-            "xref": "paper",
-            "xanchor": "left",
-            "font": {"size": 15},
-        },
-        font={"family": FONT, "size": 13, "color": ink.text},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 56, "r": 20, "t": 84, "b": 40},
+        margin={"t": 84, "b": 40},
         height=380,
         barmode="group",
         bargap=0.3,
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-        xaxis=axis | {"showgrid": False},
-        yaxis=axis | {"title": "tokens per second", "rangemode": "tozero"},
-        modebar={"remove": ["lasso2d", "select2d"]},
+        legend={"y": 1.02, "yref": "paper"},
+        xaxis={"showgrid": False, "rangemode": "normal"},
     )
     return figure
 

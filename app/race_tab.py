@@ -19,10 +19,9 @@ from app.race_words import as_csv, as_json, record
 from app.settings import Settings
 from app.settings_panel import SettingsPanel
 from app.space import ZeroEngine
-from app.widgets import ASSETS, QUIET, channel, packed, warn
+from app.widgets import QUIET, channel, packed, warn
 from dflash_core import DFlashError
 
-RACE_ASSETS = ASSETS.parent / "race"
 LOAD_POLL_SECONDS = 0.25
 FIRST_PROMPT = "Write a Python function that returns the n-th Fibonacci number using a loop."
 HINT = (
@@ -146,14 +145,6 @@ def build(desk: Desk, settings: SettingsPanel, tab: gr.Tab) -> RaceTab:
     )
     _wire(race_tab, built_in, tab)
     return race_tab
-
-
-def head() -> str:
-    """The race's style and script, for `launch(head=...)`, after the page's own."""
-    style = "".join(path.read_text(encoding="utf-8") for path in sorted(RACE_ASSETS.glob("*.css")))
-    script = "".join(path.read_text(encoding="utf-8") for path in sorted(RACE_ASSETS.glob("*.js")))
-    assert "</s" not in style + script
-    return f"<style>{style}</style>\n<script>(() => {{\n'use strict';\n{script}}})();</script>\n"
 
 
 def race_session(client: gr.Request) -> str:

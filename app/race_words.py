@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from app.race import Difference, LaneResult, Result
+from app.race import Difference, LaneResult, Result, Spread
 from app.trace import Trace, parse
 
 # A speed-up inside this band of 1 is no difference worth a claim.
@@ -103,14 +103,10 @@ def _piece(trace: Trace, position: int) -> str:
     return f"‘{shown}’" if shown else "the end"
 
 
+SPEEDS = ("tokens_per_second", "low", "high", "speedup", "speedup_low", "speedup_high")
 HEAD = (
     "lane",
-    "tokens_per_second",
-    "low",
-    "high",
-    "speedup",
-    "speedup_low",
-    "speedup_high",
+    *SPEEDS,
     "seconds",
     "first_token_seconds",
     "tokens",
@@ -123,18 +119,18 @@ HEAD = (
 )
 
 
+def speeds(rate: Spread, speedup: Spread) -> dict[str, float]:
+    """The columns `SPEEDS`."""
+    values = (each for spread in (rate, speedup) for each in (spread.median, spread.low, spread.high))
+    return dict(zip(SPEEDS, values, strict=True))
+
+
 def record(entry: LaneResult) -> dict[str, Any]:
     """One lane's numbers; None where one has no meaning or is not known."""
-    rate, speedup, lap = entry.tokens_per_second, entry.speedup, entry.shown
-    found = entry.difference
+    lap, found = entry.shown, entry.difference
     return {
         "lane": entry.lane.label,
-        "tokens_per_second": rate.median,
-        "low": rate.low,
-        "high": rate.high,
-        "speedup": speedup.median,
-        "speedup_low": speedup.low,
-        "speedup_high": speedup.high,
+        **speeds(entry.tokens_per_second, entry.speedup),
         "seconds": lap.seconds,
         "first_token_seconds": lap.first_token_seconds,
         "tokens": len(lap.ids),

@@ -11,7 +11,7 @@ from app.learn import RECORDINGS
 from app.settings import Settings
 from app.trace import Recorder, Trace, new_header, parse, save
 from app.turn import Decode, prompt_ids
-from dflash_core import DFlashError, Pair, decode, load_pair
+from dflash_core import DFlashError, Pair, decode, load_pair, pair_names
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number using a loop."
 WARM_UP_TOKENS = 16
@@ -39,7 +39,7 @@ def record(pair: Pair, prompt: str, settings: Settings, *, decode: Decode = deco
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m app.record", description="Record the traces that ship with the app.")
-    parser.add_argument("--pair", default="smollm2-135m", help="(default: %(default)s)")
+    parser.add_argument("--pair", default=pair_names()[0], help="(default: %(default)s)")
     parser.add_argument("--target", help="a target of your own: Hub id or folder")
     parser.add_argument("--draft", help="a draft of your own: Hub id or folder")
     parser.add_argument("--dtype", default="float32", help="float32 makes both replies the same to the last token")

@@ -11,7 +11,7 @@ from typing import Any
 from app.desk import Desk
 from app.race import Lane, LaneResult, Lap, Result, Spread
 from app.race_runs import Progress, Request, race
-from app.race_words import record
+from app.race_words import SPEEDS, record, speeds
 
 FILE = Path(__file__).resolve().parent.parent / "assets" / "prompts.jsonl"
 CATEGORIES = ("chat", "maths", "code", "summary", "translation")
@@ -19,12 +19,7 @@ HEAD = (
     "category",
     "lane",
     "prompts",
-    "tokens_per_second",
-    "low",
-    "high",
-    "speedup",
-    "speedup_low",
-    "speedup_high",
+    *SPEEDS,
     "tau",
     "accepted_per_drafted",
     "identical",
@@ -112,7 +107,6 @@ def table(result: SuiteResult) -> list[dict[str, Any]]:
 
 def _row(category: str, races: Sequence[Result], index: int) -> dict[str, Any]:
     entries = [result.lanes[index] for result in races]
-    rate, speedup = _rate(entries), _speedup(races, index)
     differences = [entry.difference for entry in entries if entry.difference is not None]
     compared = sum(entry.compared for entry in entries)
     drafted = sum(lap.drafted for entry in entries for lap in entry.laps)
@@ -121,12 +115,7 @@ def _row(category: str, races: Sequence[Result], index: int) -> dict[str, Any]:
         "category": category,
         "lane": entries[0].lane.label,
         "prompts": len(entries),
-        "tokens_per_second": rate.median,
-        "low": rate.low,
-        "high": rate.high,
-        "speedup": speedup.median,
-        "speedup_low": speedup.low,
-        "speedup_high": speedup.high,
+        **speeds(Spread(tuple(_rates(entries))), _speedup(races, index)),
         "tau": _tau(entries),
         "accepted_per_drafted": sum(lap.accepted for e in entries for lap in e.laps) / drafted if known else None,
         "identical": compared - len(differences) if compared else None,
@@ -140,10 +129,6 @@ def _rates(entries: Sequence[LaneResult]) -> list[float]:
     """Tokens per second over all prompts, one number per repeat."""
     repeats: list[Sequence[Lap]] = list(zip(*(entry.laps for entry in entries), strict=True))
     return [sum(len(lap.ids) for lap in laps) / sum(lap.seconds for lap in laps) for laps in repeats]
-
-
-def _rate(entries: Sequence[LaneResult]) -> Spread:
-    return Spread(tuple(_rates(entries)))
 
 
 def _speedup(races: Sequence[Result], index: int) -> Spread:

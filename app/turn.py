@@ -6,7 +6,7 @@ It is the only place that runs `dflash_core.decode`. A consumer polls the run; a
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jinja2
 

@@ -16,6 +16,7 @@ from app.limits import OPEN, Limits
 from dflash_core import pair_names
 
 TITLE = "DFlash"
+RACE, LEARN = (widgets.ASSETS.parent / name for name in ("race", "learn"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def launch_options() -> dict[str, Any]:
     return {
         "theme": theme.theme(),
         "css": widgets.page_css(),
-        "head": render.app_head() + widgets.page_head() + race_tab.head() + learn_tab.head(),
+        "head": render.app_head() + widgets.page_head() + "".join(widgets.tab_head(folder) for folder in (RACE, LEARN)),
         "footer_links": ["api", "gradio"],
         "run_history": False,
         "enable_monitoring": False,

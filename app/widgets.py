@@ -48,6 +48,14 @@ def told(act: Callable[[], Any], otherwise: Any = None) -> Any:
         return otherwise
 
 
+def tab_head(folder: Path) -> str:
+    """A tab's own style and script from its folder, for `launch(head=...)`, after the page's."""
+    style = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.css")))
+    script = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.js")))
+    assert "</s" not in style + script
+    return f"<style>{style}</style>\n<script>(() => {{\n'use strict';\n{script}}})();</script>\n"
+
+
 @cache
 def page_css() -> str:
     return "".join(path.read_text(encoding="utf-8") for path in sorted(ASSETS.glob("*.css")))

@@ -71,7 +71,7 @@ def carry_out(
         report = measure(options)
         print(*show(report), sep="\n")
         if options.json:
-            write_report(report, Path(options.json))
+            _write(report, Path(options.json))
         return 0
     except DFlashError as error:
         print(error, file=sys.stderr)
@@ -217,7 +217,7 @@ def _peak_bytes(pair: Pair, runs: Mapping[str, list[list[Run]]]) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def write_report(report: Mapping[str, Any], path: Path) -> None:
+def _write(report: Mapping[str, Any], path: Path) -> None:
     try:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

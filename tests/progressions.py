@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from dflash_core.prompts import chat_ids
 from tests.tiny import tiny_llama, tiny_tokenizer, write_target
@@ -146,3 +148,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_process() -> Iterator[None]:
+    """What a new process would start with."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with one_thread():
+        yield

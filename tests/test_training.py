@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dflash_core import SamplingParams, load_pair, masks
@@ -19,20 +19,14 @@ from dflash_core.training import objective, state, train
 from dflash_core.training.features import TargetReader
 from dflash_core.training.loss import slot_labels
 from dflash_core.training.report import read_metrics
-from tests.progressions import cases, one_thread, options, prompt_ids, trained, world
+from tests.progressions import cases, fresh_process, one_thread, options, prompt_ids, trained, world
 
 # The most a draft can do here is 23 tokens in 4 passes; one that does not know the step is right in a quarter of first
 # slots. What trained for a second or two stands clear of that.
 BEST_TAU, BLIND_TAU, LEARNT_TAU = 23 / 4, 1.6, 2.2
 
 
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """What a new process would start with."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 def run(output: Path, **changes) -> Path:

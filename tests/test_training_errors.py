@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
@@ -20,18 +19,13 @@ from dflash_core.errors import TrainingError
 from dflash_core.training import machine, state, train
 from dflash_core.training.settings import parser
 from dflash_core.training.trainer import Progress, Trainer
-from tests.progressions import cases, one_thread, options, prompt_ids, reply_ids, world, write_data
+from tests.progressions import cases, fresh_process, options, prompt_ids, reply_ids, world, write_data
 from tests.tiny import tiny_draft, tiny_gemma3, tiny_llama, write_draft, write_target
 
 SHORT = {"max_steps": 6, "evaluate_every": 50, "save_every": 2, "log_every": 1, "held_out_tokens": 12}
 
 
-@pytest.fixture(autouse=True)
-def fresh_process():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 def refused(output: Path, capsys, *messages: str, **changes) -> None:

@@ -194,24 +194,14 @@ const drawOverTime = (pen, width, height, run, cursor, ink) => {
   if (other) curve(pen, other, other.steps.length - 1, x, y, ink.muted, [4, 3]);
   else if (run.plainSeconds && run.prefill) {
     const start = run.prefill.seconds;
-    dashed(pen, ink.muted, x(start), y(1), x(longest), y(1 + (longest - start) / run.plainSeconds));
+    pen.lineWidth = 2;
+    line(pen, ink.muted, x(start), y(1), x(longest), y(1 + (longest - start) / run.plainSeconds), [4, 3]);
+    pen.lineWidth = 1;
   }
   pen.globalAlpha = 0.3;
   curve(pen, run, run.steps.length - 1, x, y, run.k ? ink.accepted : ink.text);
   pen.globalAlpha = 1;
   curve(pen, run, Math.min(cursor, run.steps.length - 1), x, y, run.k ? ink.accepted : ink.text);
-};
-
-const dashed = (pen, ink, x0, y0, x1, y1) => {
-  pen.strokeStyle = ink;
-  pen.lineWidth = 2;
-  pen.setLineDash([4, 3]);
-  pen.beginPath();
-  pen.moveTo(x0, y0);
-  pen.lineTo(x1, y1);
-  pen.stroke();
-  pen.setLineDash([]);
-  pen.lineWidth = 1;
 };
 
 const curve = (pen, run, until, x, y, ink, dash = []) => {
