@@ -48,6 +48,7 @@ class Status:
     device: str = ""
     dtype: str = ""
     block_size: int | None = None
+    draft_kind: str | None = None
     context_length: int | None = None
     baseline_seconds: float | None = None
     version: int = 0
@@ -151,6 +152,7 @@ def _ready(pair: Pair, choice: Choice, baseline_seconds: float | None, version: 
         device=pair.place,
         dtype=pair.dtype,
         block_size=pair.block_size,
+        draft_kind=pair.draft_kind,
         context_length=pair.context_length,
         baseline_seconds=baseline_seconds,
         version=version,

@@ -155,6 +155,9 @@ def _drafting_cards(plain: Trace, drafted: Trace) -> tuple[Card, ...]:
             f"small **block diffusion** model: it fills all {k} slots in **one** pass.",
             f"Here that took {_ms(example.draft_seconds)}. The bars show how sure it was of each guess: later slots "
             "are harder, because the words just before them are not known yet.",
+            "A **DFlash 2** draft, like the one that comes with this app, then walks over its slots once from the left "
+            "and takes, among each slot's best candidates, the one that fits the word chosen just before. That needs "
+            "no further pass.",
         ), beats=(Beat(at.some, "mask"), Beat(at.some, "draft"))),
         Card("context", "It knows what the target knows", (
             "From the text alone a small model would guess badly. DFlash lets it read the target's **hidden "

@@ -81,7 +81,7 @@ def status_line(status: Status) -> dict:
 
 def _sentence(status: Status) -> str:
     if status.phase == "ready":
-        draft = f"blocks of {status.block_size}" if status.block_size else "no draft model"
+        draft = f"{status.draft_kind}, blocks of {status.block_size}" if status.block_size else "no draft model"
         return f"{status.pair_name} · {status.device} · {status.dtype} · {draft}"
     if status.phase == "loading":
         percent = "" if status.fraction is None else f" {status.fraction:.0%}"

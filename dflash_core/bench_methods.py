@@ -92,10 +92,19 @@ def _speculation(pair: Pair, kind: str, block_size: int | None) -> dict[str, Any
 
 
 def hf_draft(draft: DFlashDraftModel, block_size: int | None = None) -> Any:
-    """transformers' own class of the same draft model, holding the same tensors."""
+    """transformers' own class of the same draft model, holding the same tensors.
+
+    Raises `PromptError` for a draft that their class has no place for: DFlash 2's parts, causal slots.
+    """
     from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
     own = draft.config
+    if own.is_dflash2 or any(own.attention_rule(kind)[1] for kind in own.layer_types):
+        raise PromptError(
+            "transformers cannot run this draft.",
+            f"Its class knows no {'DFlash 2' if own.is_dflash2 else 'causal slots'}.",
+            "Leave the method 'hf-dflash' out.",
+        )
     config = MuseGlimmerAssistantConfig(
         **{name: getattr(own, name) for name in _SHARED_FIELDS},
         layer_types=list(own.layer_types),

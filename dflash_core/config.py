@@ -11,6 +11,7 @@ Acceptance: TypeAlias = Literal["match", "rejection"]
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Marks of published variants whose tensors or arithmetic differ from the plain draft this package implements.
+DFLASH2_FIELDS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 UNSUPPORTED_SWITCHES = ("attention_bias", "mlp_bias", "fused_qkv", "use_own_embeddings")
 
 
@@ -23,7 +24,12 @@ def default_target_layer_ids(target_layers: int, features: int) -> tuple[int, ..
 
 @dataclass(frozen=True, slots=True)
 class DraftConfig:
-    """The draft model's shape, validated once. Field names follow the public checkpoints' config.json."""
+    """The draft model's shape, validated once. Field names follow the public checkpoints' config.json.
+
+    is_causal    within a block: None means sliding layers only, as the public code reads a missing entry
+    conv_*       DFlash 2's convolution around every sublayer, 0 for none
+    selector_*   DFlash 2's candidate selector, 0 for none
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -38,14 +44,31 @@ class DraftConfig:
     num_target_layers: int
     layer_types: tuple[LayerType, ...] = ()
     sliding_window: int | None = None
+    is_causal: bool | None = False
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    conv_kernel_size: int = 0
+    conv_group_size: int = 0
+    selector_rank: int = 0
+    selector_top_k: int = 0
 
     def __post_init__(self) -> None:
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("full_attention",) * self.num_hidden_layers)
+        if self.is_causal is None and "sliding_attention" not in self.layer_types:
+            object.__setattr__(self, "is_causal", False)
         _check_draft_config(self)
+
+    @property
+    def is_dflash2(self) -> bool:
+        return bool(self.conv_kernel_size or self.selector_rank)
+
+    def attention_rule(self, kind: LayerType) -> tuple[int | None, bool]:
+        """Window and causality of one kind of layer."""
+        sliding = kind == "sliding_attention"
+        causal = sliding if self.is_causal is None else self.is_causal
+        return self.sliding_window if sliding else None, causal
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "DraftConfig":
@@ -93,9 +116,11 @@ class DraftConfig:
                 num_target_layers=int(num_target_layers),
                 layer_types=tuple((raw.get("layer_types") or ())[: int(layers)]),
                 sliding_window=raw.get("sliding_window"),
+                is_causal=raw.get("is_causal"),
                 rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 max_position_embeddings=int(raw.get("max_position_embeddings", 32768)),
                 rope_parameters=_rope_parameters(raw),
+                **{name: int(nested.get(name, raw.get(name)) or 0) for name in DFLASH2_FIELDS},
             )
         except (TypeError, ValueError) as error:
             raise LoadError(
@@ -107,18 +132,22 @@ class DraftConfig:
     def to_dict(self) -> dict[str, Any]:
         """The public `config.json` of this draft; `from_dict` reads it back unchanged."""
         rope = dict(self.rope_parameters)
+        nested: dict[str, Any] = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
+        if self.is_dflash2:
+            nested |= {"block_size": self.block_size} | {name: getattr(self, name) for name in DFLASH2_FIELDS}
         return {
-            "architectures": ["DFlashDraftModel"],
+            "architectures": ["DFlash2DraftModel" if self.is_dflash2 else "DFlashDraftModel"],
             "model_type": "qwen3",
             "attention_bias": False,
             "attention_dropout": 0.0,
             "block_size": self.block_size,
-            "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)},
+            "dflash_config": nested,
             "dtype": "bfloat16",
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
+            "is_causal": self.is_causal,
             "layer_types": list(self.layer_types),
             "max_position_embeddings": self.max_position_embeddings,
             "num_attention_heads": self.num_attention_heads,
@@ -173,6 +202,15 @@ def _check_draft_config(config: DraftConfig) -> None:
         refuse(f"'layer_types' is {list(config.layer_types)}.", "Give full_attention or sliding_attention once per layer.")
     if "sliding_attention" in config.layer_types and not (config.sliding_window and config.sliding_window > 0):
         refuse(f"A sliding layer has window {config.sliding_window}.", "Set 'sliding_window' to a positive number.")
+    if config.conv_kernel_size and (config.conv_group_size < 1 or config.hidden_size % config.conv_group_size):
+        refuse(
+            f"'conv_group_size' is {config.conv_group_size} for hidden size {config.hidden_size}.",
+            "It must divide the hidden size.",
+        )
+    if config.selector_rank and not 1 <= config.selector_top_k <= config.vocab_size:
+        refuse(f"'selector_top_k' is {config.selector_top_k}.", "It must be from 1 to the size of the vocabulary.")
+    if min(getattr(config, name) for name in DFLASH2_FIELDS) < 0:
+        refuse("A convolution or selector size is below 0.", "Use 0 to leave it out.")
     if config.rope_parameters["rope_type"] not in SUPPORTED_ROPE_TYPES:
         refuse(
             f"Its rotary embedding type is '{config.rope_parameters['rope_type']}'.",

@@ -154,8 +154,7 @@ class _Run:
         if k < 1:
             return torch.empty(0, dtype=torch.long, device=self.device), None, []
         self.drafter.commit(self.features)
-        logits = self.drafter.propose(anchor, k)
-        drafted, probs = self.sampler.draft(logits)
+        drafted, probs, logits = self.sampler.draft(self.drafter.propose(anchor, k))
         return drafted, probs, confidence(logits, drafted).tolist()
 
     def _commit(self, tokens: list[int]) -> list[int]:

@@ -15,7 +15,7 @@ from dflash_core.config import DraftConfig
 from dflash_core.errors import LoadError
 from dflash_core.model import DFlashDraftModel
 
-ARCHITECTURE = "DFlashDraftModel"
+ARCHITECTURES = ("DFlashDraftModel", "DFlash2DraftModel")
 DTYPES = ("F32", "F16", "BF16")
 
 
@@ -32,18 +32,18 @@ def read_draft_config(raw: dict[str, Any]) -> DraftConfig:
     """Dispatch on `architectures` and `dflash_config`: a plain Qwen3 has the same model type. Raises `LoadError`."""
     names = raw.get("architectures") or []
     is_marked = isinstance(raw.get("dflash_config"), dict)
-    if names and ARCHITECTURE not in names:
+    if names and not set(ARCHITECTURES) & set(names):
         wrong = "This draft is a variant that is not supported." if is_marked else "This is not a DFlash draft model."
         raise LoadError(
             wrong,
             f"Its config.json declares {', '.join(map(str, names))}.",
-            f"Give a checkpoint that declares {ARCHITECTURE}.",
+            f"Give a checkpoint that declares {' or '.join(ARCHITECTURES)}.",
         )
     if not names and not is_marked:
         raise LoadError(
             "This is not a DFlash draft model.",
             "Its config.json has neither 'architectures' nor 'dflash_config'.",
-            f"Give a checkpoint that declares {ARCHITECTURE}.",
+            f"Give a checkpoint that declares {' or '.join(ARCHITECTURES)}.",
         )
     return DraftConfig.from_dict(raw)
 

@@ -1,6 +1,7 @@
 """Who guesses the block: the DFlash draft model, or nobody; knows no acceptance rule."""
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,6 +9,38 @@ from torch import Tensor
 if TYPE_CHECKING:
     from dflash_core.model import DFlashDraftModel
     from dflash_core.target import Target
+
+
+class Chain:
+    """A proposal whose every slot depends on the token chosen before it.
+
+    candidates   [k, K] token ids
+    scores       [k, K, K] a slot's logits over its candidates (last), by the candidate chosen in the slot before; slot 0
+                 follows the anchor, whichever row is read
+    """
+
+    def __init__(self, candidates: Tensor, scores: Tensor, vocab_size: int) -> None:
+        self.candidates, self.scores, self.vocab_size = candidates, scores, vocab_size
+        self.logits: Tensor | None = None
+
+    def walk(self, choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Choose slot by slot with `choose` (logits [1, K] -> index [1]).
+
+        Returns the tokens [k] and the logits [k, V] each was chosen from, -inf for all but its candidates; they stay at
+        hand as `logits`.
+        """
+        rows, chosen = [], [self.candidates.new_zeros(1)]
+        for scores in self.scores:
+            rows.append(scores.index_select(0, chosen[-1]))
+            chosen.append(choose(rows[-1]))
+        drafted = self.candidates.gather(1, torch.stack(chosen[1:]))[:, 0]
+        empty = self.scores.new_full((len(rows), self.vocab_size), float("-inf"))
+        self.logits = empty.scatter_(1, self.candidates, torch.cat(rows))
+        return drafted, self.logits
+
+
+Proposal: TypeAlias = Tensor | Chain
+"""What the drafted tokens are chosen from: independent logits [k, V], or logits that follow each other."""
 
 
 class Drafter(Protocol):
@@ -21,8 +54,8 @@ class Drafter(Protocol):
     def commit(self, features: Tensor) -> None:
         """Take the tapped hidden states [1, n, taps * H] of n newly committed tokens, each exactly once, in order."""
 
-    def propose(self, anchor: int, k: int) -> Tensor:
-        """Logits [k, V] of the k tokens after the anchor, which follows all committed features."""
+    def propose(self, anchor: int, k: int) -> Proposal:
+        """What to choose the k tokens after the anchor from; the anchor follows all committed features."""
 
     def reset(self) -> None:
         """Forget all committed features: the reply was replaced by another."""
@@ -37,7 +70,7 @@ class NoDraft:
     def commit(self, features: Tensor) -> None:
         raise AssertionError("the baseline taps no layers")
 
-    def propose(self, anchor: int, k: int) -> Tensor:
+    def propose(self, anchor: int, k: int) -> Proposal:
         raise AssertionError("the baseline drafts nothing")
 
     def reset(self) -> None:
@@ -60,7 +93,7 @@ class DFlashDrafter:
     def commit(self, features: Tensor) -> None:
         self._draft.extend(self._cache, features.to(self._masks.device))
 
-    def propose(self, anchor: int, k: int) -> Tensor:
+    def propose(self, anchor: int, k: int) -> Proposal:
         return self._fill(self._block(anchor, k))
 
     def _block(self, anchor: int, k: int) -> Tensor:
@@ -68,9 +101,11 @@ class DFlashDrafter:
         ids[0, 0] = anchor
         return ids
 
-    def _fill(self, ids: Tensor) -> Tensor:
+    def _fill(self, ids: Tensor) -> Proposal:
         block = self._target.embed(ids).to(self._draft.fc.weight)
-        return self._target.head(self._draft.fill(self._cache, block)[0, 1:])
+        hidden = self._draft.fill(self._cache, block)[0, 1:]
+        logits, selector = self._target.head(hidden), self._draft.candidate_selector
+        return logits if selector is None else selector.chain(hidden, logits, ids[0, :1])
 
     def reset(self) -> None:
         self._cache = self._draft.new_cache()

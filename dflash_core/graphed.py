@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from dflash_core.drafter import DFlashDrafter
+from dflash_core.drafter import DFlashDrafter, Proposal
 from dflash_core.model import DFlashDraftModel, DraftCache
 
 # Capacities are rounded up so that similar runs use alike shapes.
@@ -185,7 +185,7 @@ class GraphedDrafter(DFlashDrafter):
         else:
             self._pending = features
 
-    def propose(self, anchor: int, k: int) -> Tensor:
+    def propose(self, anchor: int, k: int) -> Proposal:
         ids = self._block(anchor, k)
         if self._pending is None:
             return self._fill(ids)
@@ -197,7 +197,7 @@ class GraphedDrafter(DFlashDrafter):
         step = self._fills.setdefault(k, Recorded(self._extend_and_fill))
         return step(ids, padded, start, torch.tensor(count, device=ids.device))
 
-    def _extend_and_fill(self, ids: Tensor, features: Tensor, start: Tensor, count: Tensor) -> Tensor:
+    def _extend_and_fill(self, ids: Tensor, features: Tensor, start: Tensor, count: Tensor) -> Proposal:
         self._cache.length = start
         self._draft.extend(self._cache, features, count)
         return self._fill(ids)

@@ -80,6 +80,11 @@ class Pair:
         return None if self.draft is None else self.draft.config.block_size
 
     @property
+    def draft_kind(self) -> str | None:
+        """The draft's architecture for people to read, 'DFlash' or 'DFlash 2'; None without a draft."""
+        return None if self.draft is None else "DFlash 2" if self.draft.config.is_dflash2 else "DFlash"
+
+    @property
     def device(self) -> str:
         return str(self.target.device)
 

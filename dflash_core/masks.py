@@ -25,24 +25,27 @@ TILE = 128
 def may_attend(
     query_block: Any, query_anchor: Any, query_document: Any, query_position: Any,
     key_block: Any, key_index: Any, key_document: Any, key_position: Any,
-    window: int | None = None,
+    window: int | None = None, causal: bool = False,
 ) -> Any:  # fmt: skip
     """The one rule, on ints or on tensors that broadcast.
 
     A key of block -1 is a context token. `key_index` and `query_anchor` are indices into the packed row, positions are
     within a document. A block that is padding has anchor -1, so it sees itself alone: a query that sees nothing has no
-    softmax. `window` w allows |query - key| < w.
+    softmax. `window` w allows |query - key| < w; `causal` hides a block's later slots.
     """
     in_context = (key_block < 0) & (key_index < query_anchor) & (key_document == query_document)
     allowed = in_context | (key_block == query_block)
     if window is not None:
         allowed = allowed & (abs(query_position - key_position) < window)
+    if causal:
+        allowed = allowed & (key_position <= query_position)
     return allowed
 
 
 def inference_mask(
-    query_positions: Tensor, context_positions: Tensor, window: int | None, visible: Tensor | None = None
-) -> Tensor:
+    query_positions: Tensor, context_positions: Tensor, window: int | None, causal: bool = False,
+    visible: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Dense mask [B, 1, Q, S + Q] of one block behind its context.
 
     `visible` [B, S] hides unused rows of a fixed buffer.
@@ -54,7 +57,9 @@ def inference_mask(
     key_position = torch.cat((context_positions, query_positions), dim=1)[:, None]
     query = slots[:, :, None]
     # The block stands behind all of its context, so every context index (0) is before its anchor (1).
-    rule = may_attend(query, 1, query, query_positions[:, :, None], key_block, 0, key_document, key_position, window)
+    rule = may_attend(
+        query, 1, query, query_positions[:, :, None], key_block, 0, key_document, key_position, window, causal
+    )
     return rule[:, None]
 
 
@@ -105,16 +110,16 @@ class TrainingLayout:
         document = torch.cat((self.document, self.slot_document), dim=1)
         return block, index, document, torch.cat((self.position, self.slot_position), dim=1)
 
-    def dense(self, window: int | None = None) -> Tensor:
+    def dense(self, window: int | None = None, causal: bool = False) -> Tensor:
         """Boolean mask [R, 1, Q, S + Q] for SDPA."""
         block, index, document, position = self._keys()
         return may_attend(
             block[None, self.document.shape[1] :, None], self.slot_anchor[:, :, None],
             self.slot_document[:, :, None], self.slot_position[:, :, None],
-            block[None, None], index[None, None], document[:, None], position[:, None], window,
+            block[None, None], index[None, None], document[:, None], position[:, None], window, causal,
         )[:, None]  # fmt: skip
 
-    def flex(self, window: int | None = None) -> Any:
+    def flex(self, window: int | None = None, causal: bool = False) -> Any:
         """The same mask as a flex BlockMask; tiles come from intervals, so no [Q, K] mask is ever built."""
         block, _, document, position = self._keys()
         query_anchor, query_document, query_position = self.slot_anchor, self.slot_document, self.slot_position
@@ -123,7 +128,7 @@ class TrainingLayout:
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return may_attend(
                 q // block_size, query_anchor[b, q], query_document[b, q], query_position[b, q],
-                block[k], k, document[b, k], position[b, k], window,
+                block[k], k, document[b, k], position[b, k], window, causal,
             )  # fmt: skip
 
         return _block_mask(self._tiles(window), mask_mod, self.slots, document.shape[1])

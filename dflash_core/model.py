@@ -4,7 +4,7 @@ It fills a block: hidden states of [anchor, MASK x k] in, hidden states of the k
 The embedding before it and the head after it are the target's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_core.config import DraftConfig
+from dflash_core.dflash2 import CandidateSelector, DynamicConv
 from dflash_core.masks import inference_mask
 
 # A mask a layer type can use: None (attend to everything), bool [.., Q, K] for SDPA, or a flex BlockMask.
@@ -149,7 +150,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Any) -> Tensor:
 
 
 class Layer(nn.Module):
-    """A Qwen3 block whose context passes through neither the input norm nor the MLP."""
+    """A Qwen3 block whose context passes through neither the input norm nor the MLP.
+
+    In DFlash 2 a convolution over the block's slots stands around each of its two sublayers.
+    """
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -157,10 +161,24 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        convolved = config.conv_kernel_size > 0
+        self.attention_conv = DynamicConv(config) if convolved else None
+        self.mlp_conv = DynamicConv(config) if convolved else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, context, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor] | None, mask: Any, slots: int
+    ) -> Tensor:
+        """`x` [B, Q, H] holds blocks of `slots` slots end to end."""
+        attend = lambda inner: self.self_attn(inner, rotary, context, mask)  # noqa: E731
+        x = x + _convolved(self.attention_conv, attend, self.input_layernorm(x), slots)
+        return x + _convolved(self.mlp_conv, self.mlp, self.post_attention_layernorm(x), slots)
+
+
+def _convolved(conv: DynamicConv | None, sublayer: Callable[[Tensor], Tensor], x: Tensor, slots: int) -> Tensor:
+    if conv is None:
+        return sublayer(x)
+    x, kernel = conv.before(x, slots)
+    return conv.after(sublayer(x), kernel, slots)
 
 
 class DFlashDraftModel(nn.Module):
@@ -173,6 +191,7 @@ class DFlashDraftModel(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.candidate_selector = CandidateSelector(config) if config.selector_rank else None
         with torch.device("cpu"):  # the module itself may be built on "meta"
             self._frequencies, self._rope_factor = rope_frequencies(config)
 
@@ -198,6 +217,7 @@ class DFlashDraftModel(nn.Module):
         block_positions: Tensor,
         context_positions: Tensor,
         masks: Masks | None = None,
+        slots: int | None = None,
     ) -> Tensor:
         """Fill blocks in one pass without a cache (training, tests).
 
@@ -205,6 +225,7 @@ class DFlashDraftModel(nn.Module):
         context            [B, S, H] from `project`
         block_positions    [B, Q], context_positions [B, S], absolute
         masks              per layer type, over the S + Q keys; None lets every slot see everything (one block)
+        slots              slots per block; None for one block
         Returns the slots' hidden states [B, Q, H]; the target's head turns them into logits.
         """
         rotary = self.rotary(block_positions, block.dtype)
@@ -213,7 +234,7 @@ class DFlashDraftModel(nn.Module):
             masks = self._inference_masks(block_positions, context_positions)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             past = layer.self_attn.keys_values(context, context_rotary)
-            block = layer(block, rotary, past, masks[kind])
+            block = layer(block, rotary, past, masks[kind], slots or block.shape[1])
         return self.norm(block)
 
     def extend(self, cache: DraftCache, features: Tensor, count: Any = None) -> None:
@@ -233,14 +254,14 @@ class DFlashDraftModel(nn.Module):
         rotary = self.rotary(positions, block.dtype)
         masks = self._inference_masks(positions, *cache.key_positions(block.device))
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-            block = layer(block, rotary, cache.read(index), masks[kind])
+            block = layer(block, rotary, cache.read(index), masks[kind], block.shape[1])
         return self.norm(block)
 
     def _inference_masks(self, block_positions: Tensor, context_positions: Tensor, visible: Tensor | None = None) -> Masks:
         """One block at the end of its context: full layers see everything, sliding ones |q - k| < window."""
-        masks: dict[str, Any] = {"full_attention": None}
-        windows = {"full_attention": None, "sliding_attention": self.config.sliding_window}
+        masks: dict[str, Any] = {}
         for kind in set(self.config.layer_types):
-            if visible is not None or windows[kind] is not None:
-                masks[kind] = inference_mask(block_positions, context_positions, windows[kind], visible)
+            window, causal = self.config.attention_rule(kind)
+            free = visible is None and window is None and not causal
+            masks[kind] = None if free else inference_mask(block_positions, context_positions, window, causal, visible)
         return masks

@@ -1,4 +1,4 @@
-"""Turns the target's logits into probabilities and picks; knows no draft, no cache and no text.
+"""Turns logits into probabilities and picks; knows no model, no cache and no text.
 
 Every reply position owns one uniform number, drawn from the seed. A pick is the inverse of the cumulative distribution
 at that number, so a token depends on the seed, its position and its prefix only: the same seed gives the same reply
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dflash_core.config import SamplingParams
+from dflash_core.drafter import Chain, Proposal
 
 # Rows are sorted this deep at first; only when the kept mass is not reached within it is the whole row sorted.
 _TOP_P_DEPTH = 512
@@ -113,9 +114,16 @@ class Sampler:
             return logits.argmax(dim=-1)
         return pick(self.distribution(logits), self.uniforms_at(position, len(logits)))
 
-    def draft(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drafted tokens [k] of draft logits [k, V], and the probabilities [k, V] they were drawn from if they were."""
+    def draft(self, proposal: Proposal) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Drafted tokens [k], the probabilities [k, V] they were drawn from if they were, and the logits [k, V] behind."""
+        if isinstance(proposal, Chain):
+            # Each is drawn before the next one's logits are known, which is all that rejection sampling asks of a draft.
+            drafted, logits = proposal.walk(self._draft_from)
+            return drafted, self.distribution(logits) if self.rejection else None, logits
         if not self.rejection:
-            return logits.argmax(dim=-1), None
-        probs = self.distribution(logits)
-        return pick(probs, self.fresh_uniforms(len(probs))), probs
+            return proposal.argmax(dim=-1), None, proposal
+        probs = self.distribution(proposal)
+        return pick(probs, self.fresh_uniforms(len(probs))), probs, proposal
+
+    def _draft_from(self, logits: Tensor) -> Tensor:
+        return self.draft(logits)[0]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dflash_core.drafter import Drafter
+from dflash_core.drafter import Chain, Drafter, Proposal
 from dflash_core.errors import PromptError
 from dflash_core.events import Step
 
@@ -17,22 +17,22 @@ TENSOR_INPUTS = ("block_output_ids", "draft_logits", "accepted_length", "next_to
 
 
 class WatchedDrafter:
-    """A drafter that keeps its last logits at hand."""
+    """A drafter that keeps its last proposal at hand."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.taps, self.max_drafted = drafter.taps, drafter.max_drafted
         self.commit, self.reset = drafter.commit, drafter.reset
         self._drafter = drafter
-        self._last: Tensor | None = None
+        self._last: Proposal | None = None
 
-    def propose(self, anchor: int, k: int) -> Tensor:
+    def propose(self, anchor: int, k: int) -> Proposal:
         self._last = self._drafter.propose(anchor, k)
         return self._last
 
     def take(self) -> Tensor | None:
-        """The logits [k, V] of the last `propose`, once; None when the step drafted nothing."""
+        """The logits [k, V] the last tokens were chosen from, once; None when the step drafted nothing."""
         last, self._last = self._last, None
-        return last
+        return last.logits if isinstance(last, Chain) else last
 
 
 class StepCallback:

@@ -9,13 +9,15 @@ from dflash_core.target import Target
 from tests import tiny
 from tests.scripted import OracleDrafter, run
 from tests.test_decode import generated, prompt
+from tests.test_draft_parity import uneven
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def graphed_pair(**draft_options):
     model = tiny.tiny_llama(max_position_embeddings=2048).to(DEVICE)
-    pair = tiny.tiny_pair(model, tiny.tiny_draft(model.config, block_size=8, **draft_options).to(DEVICE))
+    # Uneven: DFlash 2's parts change nothing when they are fresh.
+    pair = tiny.tiny_pair(model, uneven(tiny.tiny_draft(model.config, block_size=8, **draft_options)).to(DEVICE))
     object.__setattr__(pair, "target", Target(model, graphs=True))
     return pair
 
@@ -42,7 +44,11 @@ def test_rolling_back_a_recorded_target_leaves_no_trace(k):
     assert len({step.accepted for step in events[1:-1]}) > min(k, 3)
 
 
-@pytest.mark.parametrize("options", [{}, {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}])
+SLIDING = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
+DFLASH2 = {"conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 6, "selector_top_k": 5}
+
+
+@pytest.mark.parametrize("options", [{}, SLIDING, DFLASH2, SLIDING | DFLASH2 | {"is_causal": None}])
 def test_recorded_draft_guesses_what_the_plain_one_does(options):
     """Same drafted tokens and confidences step by step, also after the buffers have grown (prompt 24, 700 new tokens)."""
     pair = graphed_pair(**options)

@@ -100,7 +100,7 @@ class ThreeTokens:
         while len(kept) <= self.k:
             room = self.k - len(kept)
             logits = torch.stack([*self.q[len(kept) :]]) if room else torch.empty(0, 3)
-            drafted, probs = sampler.draft(logits) if room else (torch.empty(0, dtype=torch.long), None)
+            drafted, probs, _ = sampler.draft(logits) if room else (torch.empty(0, dtype=torch.long), None, None)
             path = drafted.tolist()
             rows = torch.stack([self.p[(*kept, *path[:i])] for i in range(room + 1)])
             verdict = judge(sampler, rows, drafted, probs, position + len(kept))
@@ -128,7 +128,7 @@ def test_the_chi_square_test_can_fail():
     counts = Counter()
     for _ in range(12_000):
         logits = torch.stack(world.q)
-        drafted, q = sampler.draft(logits)
+        drafted, q, _ = sampler.draft(logits)
         kept: tuple[int, ...] = ()
         for i in range(2):
             p = world.p[kept].softmax(-1)
