@@ -25,6 +25,7 @@ from app.race import (
     schedule,
 )
 from app.race_runs import Progress, Request, logit_gap, race
+from app.race_tab import _lanes
 from app.race_words import HEAD, as_csv, as_json, identity, record, verdict
 from app.settings import Settings
 from app.trace import parse
@@ -289,6 +290,17 @@ def test_all_lanes_write_the_same_reply(real_desk):
         assert entry.compared and entry.difference is None, entry
         assert entry.tokens_per_second.low > 0
     assert {len(entry.laps[0].ids) for entry in result.lanes} == {len(result.plain.laps[0].ids)}
+
+
+@pytest.mark.parametrize("parts, offered", [({}, True), ({"selector_rank": 4, "selector_top_k": 4}, False)])
+def test_transformers_own_loop_is_offered_for_the_drafts_it_knows(parts, offered):
+    model = tiny_llama()
+    pair = tiny_pair(model, tiny_draft(model.config, **parts))
+    engine = Engine(load=lambda *_, **__: pair)
+    engine.load(Choice())
+    assert engine.wait(30) and engine.status.draft_kind == ("DFlash" if offered else "DFlash 2")
+    keys = [key for _, key in _lanes(Desk(engine))["choices"]]
+    assert ("hf-dflash" in keys) == offered and {"dflash", "prompt-lookup"} <= set(keys)
 
 
 def test_the_logit_gap_is_what_the_target_says(real_desk):

@@ -18,9 +18,12 @@ from dflash_core.training.objective import DraftObjective, Inputs, LossSettings,
 from tests.tiny import tiny_draft, tiny_llama, tiny_qwen3
 
 BLOCK = 4
+SLIDING = {"layer_types": ("sliding_attention", "full_attention", "sliding_attention"), "sliding_window": 7}
 DRAFTS = {
     "full": {},
-    "sliding": {"layer_types": ("sliding_attention", "full_attention", "sliding_attention"), "sliding_window": 7},
+    "sliding": SLIDING,
+    "causal where sliding": SLIDING | {"is_causal": None},
+    "convolved": SLIDING | {"conv_kernel_size": 3, "conv_group_size": 8},
 }
 
 

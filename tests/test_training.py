@@ -18,7 +18,7 @@ from dflash_core.bench_methods import hf_draft, make_methods
 from dflash_core.training import objective, state, train
 from dflash_core.training.features import TargetReader
 from dflash_core.training.loss import slot_labels
-from dflash_core.training.report import read_metrics
+from dflash_core.training.report import read_metrics, source
 from tests.progressions import cases, fresh_process, one_thread, options, prompt_ids, trained, world
 
 # The most a draft can do here is 23 tokens in 4 passes; one that does not know the step is right in a quarter of first
@@ -102,6 +102,18 @@ def test_a_run_leaves_checkpoints_metrics_a_plot_and_a_card():
         "config.json",
         "model.safetensors",
     ]
+
+
+def test_the_target_is_read_in_the_precision_that_the_draft_is_trained_in(tmp_path):
+    """By default: on a CPU with native bfloat16 the target would be loaded in that, and the draft is float32."""
+    assert last_tau(run(tmp_path / "out", dtype=None, max_steps=10, evaluate_every=10)) >= 1.0
+
+
+def test_the_card_tells_how_each_source_was_made(tmp_path):
+    run_facts = {"replies": 30, "reply_tokens": 1200, "greedy": 21, "settings": {"temperature": 0.8, "max_reply": 40}}
+    line = source("mine", {"runs": [run_facts, run_facts]})
+    assert line == "mine: 60 replies, 2,400 tokens, 70% greedy, the rest at temperature 0.8, at most 40 tokens each"
+    assert source("plain.npz", {}) == "plain.npz"
 
 
 def test_checkpoints_load_here_and_in_transformers_own_class():

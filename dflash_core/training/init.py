@@ -11,14 +11,16 @@ target's language:
   attention as sharp as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dflash_core.config import DraftConfig, default_target_layer_ids
+from dflash_core.dflash2 import CandidateSelector, DynamicConv
 from dflash_core.errors import TrainingError
 from dflash_core.model import DFlashDraftModel
 from dflash_core.target import Target
@@ -26,9 +28,10 @@ from dflash_core.training.features import TargetReader
 
 
 def draft_config(
-    target: Target, layers: int, block_size: int, mask_token_id: int, taps: Sequence[int] | None, features: int
-) -> DraftConfig:
-    """A draft shaped like the target's layers. Raises `TrainingError` where taps or mask do not fit."""
+    target: Target, layers: int, block_size: int, mask_token_id: int, taps: Sequence[int] | None, features: int,
+    **changes: int,
+) -> DraftConfig:  # fmt: skip
+    """A draft shaped like the target's layers but for `changes`. Raises `TrainingError` where taps or mask do not fit."""
     config = target.config
     ids = tuple(taps) if taps else default_target_layer_ids(target.num_layers, features)
     if not all(0 <= tap < target.num_layers for tap in ids):
@@ -44,7 +47,7 @@ def draft_config(
             "Use an id the replies never hold.",
         )
     heads = config.num_attention_heads
-    return DraftConfig(
+    shape = dict(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=layers,
@@ -60,6 +63,7 @@ def draft_config(
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=_rope(config),
     )
+    return DraftConfig(**(shape | changes))
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -70,12 +74,48 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def grown(trained: DFlashDraftModel, changes: Mapping[str, int]) -> DFlashDraftModel:
+    """A trainable draft that starts as a trained one in a changed shape.
+
+    A narrower MLP keeps its strongest units; what joins of DFlash 2 changes nothing at first.
+    Raises `TrainingError` for a change that trained weights cannot follow.
+    """
+    old = trained.config
+    for name, size in changes.items():
+        narrower = name == "intermediate_size" and size <= old.intermediate_size
+        if not narrower and getattr(old, name) not in (0, size):
+            raise TrainingError(
+                "The first draft cannot take this shape.",
+                f"Its {name} is {getattr(old, name)}, asked for is {size}.",
+                "Cut an MLP or add what the draft lacks; for any other shape train without --init-from.",
+            )
+    draft = DFlashDraftModel(replace(old, **changes)).to(trained.fc.weight.device)
+    weights = trained.state_dict()
+    for index, layer in enumerate(trained.layers):
+        kept = strongest_units(layer.mlp, draft.config.intermediate_size)
+        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            key = f"layers.{index}.mlp.{name}.weight"
+            weights[key] = weights[key].index_select(dim, kept)
+    draft.load_state_dict(draft.state_dict() | weights)
+    return draft
+
+
+def strongest_units(mlp: Any, count: int) -> Tensor:
+    """The `count` units of a gated MLP with the largest product of weights in and out, in their order."""
+    strength = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
+    return strength.float().topk(count).indices.sort().values
+
+
+@torch.no_grad()
 def initialise(draft: DFlashDraftModel, target: Target, measured: "Measured", from_target: bool) -> str:
     """Fill the draft's weights in place; returns one sentence that says what was taken from where."""
     std = getattr(target.config, "initializer_range", 0.02)
     for module in draft.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
+    for module in draft.modules():
+        if isinstance(module, DynamicConv | CandidateSelector):
+            module.reset()
     size, taps = draft.config.hidden_size, len(draft.config.target_layer_ids)
     draft.fc.weight.copy_(torch.eye(size).repeat(1, taps) / taps)
     if not from_target:
@@ -99,13 +139,22 @@ def _copy_layer(mine: Any, theirs: Any, scale: tuple[float, float], config: Draf
         ("mlp", ("gate_proj", "up_proj"), "post_attention_layernorm"),
         ("mlp", ("down_proj",), None),
     )
+    kept = None
+    if all(hasattr(theirs.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        width = theirs.mlp.gate_proj.weight.shape[0]
+        kept = strongest_units(theirs.mlp, config.intermediate_size) if config.intermediate_size < width else None
     for part, names, norm in groups:
         gain = _gain(getattr(theirs, norm), config.hidden_size) if norm else 1.0
         for name in names:
             source = getattr(getattr(theirs, part, None), name, None)
             goal = getattr(getattr(mine, part), name).weight
-            if isinstance(source, nn.Linear) and source.weight.shape == goal.shape:
-                goal.copy_(source.weight.float() * gain)
+            if not isinstance(source, nn.Linear):
+                continue
+            weight = source.weight
+            if kept is not None and part == "mlp":
+                weight = weight.index_select(1 if name == "down_proj" else 0, kept)
+            if weight.shape == goal.shape:
+                goal.copy_(weight.float() * gain)
                 copied.add(name)
     for name, rms in zip(("q_norm", "k_norm"), scale, strict=True):
         source = getattr(theirs.self_attn, name, None)

@@ -9,12 +9,14 @@ A block of size B has k = B - 1 drafted slots; slot j predicts the token at anch
 | labels "argmax" | the target's own choice, counted while the data follows it | with gamma 2: 2.16 -> 2.39 |
 | labels "data" | the data's next token | the paper's; learns what a greedy target never says |
 | distil | adds cross-entropy to the target's top-k distribution | none on greedy decoding, helps rejection sampling |
+| selector | every second block's logits are scored after the true token before (DFlash 2) | see README |
 | sampled softmax | frequent tokens exactly, a sample of the rest scaled up | same loss on average, 1/3 of the cost |
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,6 +54,11 @@ def slot_labels(
     return labels, inside & followed
 
 
+def predecessors(tokens: Tensor, anchor: Tensor, labels: Tensor) -> Tensor:
+    """[N, k] the token before each slot's label [N, k]: the anchor's own, then the labels; `tokens` [S] of the row."""
+    return torch.cat((tokens[anchor.clamp(min=0)][:, None], labels[:, :-1]), dim=1)
+
+
 def decay_weights(drafted: int, gamma: float, device: torch.device) -> Tensor:
     """[k] exp(-(j-1)/gamma) for j = 1..k."""
     return torch.exp(-torch.arange(drafted, device=device, dtype=torch.float32) / gamma)
@@ -64,8 +71,12 @@ def dpace_weights(nll: Tensor, live: Tensor, alpha: float) -> Tensor:
     return reach.flip(1).cumsum(1).flip(1)
 
 
-# (hidden [M, H], labels [M], others [C'] or None) -> (negative log-likelihood [M], label is the best token [M])
-Softmax = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+# Scores that the token before adds: codes [M, rank] of it, and the successors' codebook [V, rank].
+Edges: TypeAlias = tuple[Tensor, Tensor]
+
+# (hidden [M, H], labels [M], others [C'] or None, edges or None)
+#   -> (negative log-likelihood [M], label is the best token [M])
+Softmax = Callable[[Tensor, Tensor, Tensor | None, Edges | None], tuple[Tensor, Tensor]]
 
 # Logits of bfloat16 are this far apart or more when they are large enough to win.
 TIE = 0.05
@@ -77,8 +88,12 @@ class FullSoftmax:
 
     target: Target
 
-    def __call__(self, hidden: Tensor, labels: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, hidden: Tensor, labels: Tensor, others: Tensor | None, edges: Edges | None = None
+    ) -> tuple[Tensor, Tensor]:
         logits = self.target.head(hidden).float()
+        if edges is not None:
+            logits = logits + edges[0] @ edges[1].mT
         chosen = logits.gather(1, labels[:, None])[:, 0]
         return torch.logsumexp(logits, dim=-1) - chosen, chosen >= logits.detach().amax(-1)
 
@@ -95,11 +110,14 @@ class SampledSoftmax:
     frequent: Tensor
     is_frequent: Tensor
 
-    def __call__(self, hidden: Tensor, labels: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, hidden: Tensor, labels: Tensor, others: Tensor | None, edges: Edges | None = None
+    ) -> tuple[Tensor, Tensor]:
         assert others is not None
-        exact = self.target.head_rows(hidden, self.frequent).float()
-        sampled = self.target.head_rows(hidden, others).float()
+        exact, sampled = (self._rows(hidden, ids, edges) for ids in (self.frequent, others))
         chosen = self.target.head_of(hidden, labels)
+        if edges is not None:
+            chosen = chosen + (edges[0].float() * edges[1][labels].float()).sum(-1)
         rare = len(self.is_frequent) - len(self.frequent)
         common = self.is_frequent[labels]
         # A rare label is counted by itself, so it leaves the sample and the sample stands for the rest.
@@ -108,6 +126,10 @@ class SampledSoftmax:
         total = torch.logaddexp(torch.logsumexp(exact, dim=-1), torch.logsumexp(sampled, dim=-1) + weight)
         total = torch.where(common, total, torch.logaddexp(total, chosen))
         return total - chosen, chosen >= exact.detach().amax(-1) - TIE
+
+    def _rows(self, hidden: Tensor, ids: Tensor, edges: Edges | None) -> Tensor:
+        logits = self.target.head_rows(hidden, ids).float()
+        return logits if edges is None else logits + edges[0] @ edges[1][ids].mT
 
 
 def distil(logits: Tensor, top_values: Tensor, top_ids: Tensor) -> Tensor:

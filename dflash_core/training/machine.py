@@ -30,6 +30,9 @@ def decide_machine(settings: TrainSettings) -> Machine:
     """Raises `TrainingError` for settings that cannot work here."""
     on_gpu = torch.cuda.is_available() and settings.device in ("auto", "cuda") or settings.device.startswith("cuda")
     precision = ("bf16" if on_gpu else "no") if settings.mixed_precision == "auto" else settings.mixed_precision
+    if precision == "no" and settings.dtype not in ("auto", "float32"):
+        found = f"--mixed-precision {precision} with --dtype {settings.dtype}."
+        raise TrainingError("Two settings disagree.", found, "Use --dtype float32, or --mixed-precision bf16.")
     accelerator = Accelerator(
         mixed_precision=precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.device == "cpu"
     )

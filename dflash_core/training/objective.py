@@ -11,7 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from dflash_core.masks import TrainingLayout
 from dflash_core.model import DFlashDraftModel, Masks
 from dflash_core.target import Target
-from dflash_core.training.loss import Softmax, decay_weights, distil, dpace_weights, slot_labels
+from dflash_core.training.loss import (
+    Edges,
+    Softmax,
+    decay_weights,
+    distil,
+    dpace_weights,
+    predecessors,
+    slot_labels,
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,8 @@ class Inputs:
 
 def layer_masks(draft: DFlashDraftModel, layout: TrainingLayout, use_flex: bool) -> Masks:
     """The layout's mask for each kind of layer that the draft has."""
-    window = {"full_attention": None, "sliding_attention": draft.config.sliding_window}
     build = layout.flex if use_flex else layout.dense
-    return {kind: build(window[kind]) for kind in set(draft.config.layer_types)}
+    return {kind: build(*draft.config.attention_rule(kind)) for kind in set(draft.config.layer_types)}
 
 
 def fill_blocks(
@@ -60,7 +67,7 @@ def fill_blocks(
     ids = torch.full((rows, count, layout.block_size), draft.config.mask_token_id, device=tokens.device)
     ids[:, :, 0] = tokens.gather(1, layout.anchor.clamp(min=0))
     block = target.embed(ids.flatten(1)).to(context.device)
-    hidden = draft(block, context, layout.slot_position, layout.position, masks)
+    hidden = draft(block, context, layout.slot_position, layout.position, masks, layout.block_size)
     return hidden.unflatten(1, (count, layout.block_size))
 
 
@@ -116,7 +123,9 @@ class DraftObjective(nn.Module):
         hidden = fill_blocks(self.draft, target, context, tokens, layout, masks)[0, :, 1:]
         labels, live = slot_labels(tokens[0], argmax, document[0], anchor[0], layout.block_size)
         count, drafted = labels.shape
-        nll, right = self._score(hidden.flatten(0, 1), labels.flatten(), self._soft(top, anchor[0], drafted), others)
+        edges = self._edges(hidden, predecessors(tokens[0], anchor[0], labels))
+        soft = self._soft(top, anchor[0], drafted)
+        nll, right = self._score(hidden.flatten(0, 1), labels.flatten(), soft, others, edges)
         nll, right = nll.unflatten(0, (count, drafted)), right.unflatten(0, (count, drafted))
         if settings.weights == "dpace":
             weights = dpace_weights(nll, live, settings.dpace_alpha)
@@ -126,6 +135,18 @@ class DraftObjective(nn.Module):
         # A dead slot's loss may be infinite (its label can be any token), and 0 * inf is not 0.
         loss = torch.where(live, weights * nll, 0.0).sum() / weights.sum().clamp(min=1e-6)
         return loss, torch.stack(((right & live).sum(0), live.sum(0)))
+
+    def _edges(self, hidden: Tensor, before: Tensor) -> Edges | None:
+        """What the selector adds to logits of slots [N, k, H] after known tokens [N, k], in every second block.
+
+        The others learn to name candidates without it, which is what they are ranked by before the selector looks.
+        """
+        selector = self.draft.candidate_selector
+        if selector is None:
+            return None
+        codes = selector.codes(hidden, before[..., None])[..., 0, :]
+        seeing = torch.arange(len(codes), device=codes.device) % 2 == 0
+        return torch.where(seeing[:, None, None], codes, 0.0).flatten(0, 1), selector.successor_codebook
 
     def _soft(self, top: tuple[Tensor, Tensor] | None, anchor: Tensor, drafted: int) -> tuple[Tensor, Tensor] | None:
         """The target's top logits at every slot, [N * k, K] each."""
@@ -138,20 +159,27 @@ class DraftObjective(nn.Module):
         )
         return top[0][index], top[1][index]
 
-    def _score(self, hidden: Tensor, labels: Tensor, soft: Any, others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, hidden: Tensor, labels: Tensor, soft: Any, others: Tensor | None, edges: Edges | None
+    ) -> tuple[Tensor, Tensor]:
         chunks = self._settings.chunks
         if chunks == 1:
-            return self._score_part(hidden, labels, soft, others)
+            return self._score_part(hidden, labels, soft, others, edges)
         softs = [None] * chunks if soft is None else list(zip(*(part.chunk(chunks) for part in soft), strict=True))
+        joined = [None] * chunks if edges is None else [(codes, edges[1]) for codes in edges[0].chunk(chunks)]
         parts = [
-            checkpoint(self._score_part, part, label, kind, others, use_reentrant=False)
-            for part, label, kind in zip(hidden.chunk(chunks), labels.chunk(chunks), softs, strict=True)
+            checkpoint(self._score_part, part, label, kind, others, edge, use_reentrant=False)
+            for part, label, kind, edge in zip(
+                hidden.chunk(chunks), labels.chunk(chunks), softs, joined, strict=True
+            )
         ]
         return torch.cat([nll for nll, _ in parts]), torch.cat([right for _, right in parts])
 
-    def _score_part(self, hidden: Tensor, labels: Tensor, soft: Any, others: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _score_part(
+        self, hidden: Tensor, labels: Tensor, soft: Any, others: Tensor | None, edges: Edges | None
+    ) -> tuple[Tensor, Tensor]:
         target, softmax = self._frozen
-        nll, right = softmax(hidden, labels, others)
+        nll, right = softmax(hidden, labels, others, edges)
         if soft is not None:
             share = self._settings.distil
             nll = (1.0 - share) * nll + share * distil(target.head(hidden), *soft)

@@ -43,20 +43,30 @@ OPENERS: Mapping[str, Sequence[str]] = {
     ).split("|"),
     "chat": (
         "I'm|I've been|Hi,|Hello!|Can you|Could you|My|I need|I want to|I'm thinking about|Help me|What should I|"
-        "Do you|I just|Tell me about|Give me some advice on|Recommend|I'm trying to|Let's"
+        "Do you|I just|Tell me about|Give me some advice on|Recommend|I'm trying to|Let's|How do I {activity}?|"
+        "I want to {activity}. What should I|What is the best way to {activity}|I would like to {activity}, but I|"
+        "Give me some tips to {activity}|What do I need to {activity}|Suggest some|"
+        "Suggest three ways to {activity}|My friend wants to {activity}|My {person} asked me to|"
+        "Write a message to my {person}|Write a short message|Help me write|I have to give a speech|Is it better to|"
+        "How can I help my {person}|How do I tell my {person}|What are good first steps to|"
+        "Should I {activity} or|What are the pros and cons of|Make a list of things|Plan a weekend|I need ideas for|"
+        "I have only {n} minutes a day to {activity}|Explain to my {person} how|Tell me a story about a {thing}"
     ).split("|"),
     "explain": (
         "What is|What are the|Why do|Why is|How does|How do|Explain|Explain to a child how|What causes|Describe the|"
         "Who was|When did|What is the difference between|How can I|What happens when|Compare|"
         "What are the benefits of {topic}|Explain {topic} in simple terms|What is the history of {topic}|"
-        "Is it true that"
+        "Is it true that|How does a {thing} work?|What is {topic}, and why|Why do some people|Why do we|"
+        "What is the difference between a {thing} and a|Explain {topic} with an everyday example|"
+        "How did people|Why are there|What would happen if"
     ).split("|"),
     "summary": (
         "Summarize the following text:\n\n{Topic}|Summarize this article in three sentences:\n\n|"
         "Give a short summary of this passage:\n\nThe|"
         "What are the main points of the following paragraph?\n\n{Topic}|Write a title for this text:\n\nIn|"
         "Extract the key facts from this text:\n\n{name}|Rewrite this text so that it is shorter:\n\nThe|"
-        "Summarize the following email:\n\nDear|TL;DR:\n\n"
+        "Summarize the following email:\n\nDear|TL;DR:\n\n|Summarise this text in one sentence.\n\n{Topic}|"
+        "Sum up the following article in a few sentences.\n\nThe|Shorten this message.\n\nDear"
     ).split("|"),
     "translate": (
         "Translate to {language}: |Translate the following sentence to {language}:\n|How do you say|What does|"
@@ -71,11 +81,11 @@ OPENERS: Mapping[str, Sequence[str]] = {
 }
 
 SHARES: Mapping[str, float] = {
-    FREE: 0.12,
-    "maths": 0.22,
-    "code": 0.22,
-    "chat": 0.14,
-    "explain": 0.12,
+    FREE: 0.08,
+    "maths": 0.21,
+    "code": 0.19,
+    "chat": 0.20,
+    "explain": 0.14,
     "summary": 0.07,
     "translate": 0.03,
     "write": 0.08,
@@ -108,6 +118,20 @@ _WORDS: Mapping[str, Sequence[str]] = {
     "language": (
         "French Spanish German Italian Portuguese Dutch Polish Japanese Chinese Arabic Hindi Swedish Turkish"
     ).split(),
+    "person": "sister brother mother father grandfather boss neighbour teacher colleague daughter son friend cousin".split(),
+    "activity": (
+        "learn to cook|save money|sleep better|learn the guitar|grow tomatoes|find a new job|make new friends|paint a room|"
+        "write a novel|organise a birthday party|learn Spanish|lose weight|drink less coffee|fix a bicycle|bake bread|"
+        "travel by train|take better photos|study for an exam|clean the house faster|learn to swim|spend less time online|"
+        "give a presentation|move to a new city|write a letter of complaint|start a small business|meditate|"
+        "teach my child to read|repair a chair|build a website|plan a wedding|eat more vegetables|learn to dance|"
+        "camp in the rain|choose a laptop|ask for a raise|remember names|train for a marathon|sew a button|"
+        "keep a diary|volunteer at a school"
+    ).split("|"),
+    "thing": (
+        "microwave|bicycle|telescope|battery|volcano|submarine|piano|compass|windmill|camera|garden|dragon|clock|mirror|"
+        "robot|whale|bridge|radio|map|violin|spider|balloon|printer|glacier|comet"
+    ).split("|"),
     "topic": (
         "photosynthesis|the water cycle|democracy|inflation|machine learning|the Roman Empire|healthy eating|"
         "climate change|gravity|the immune system|renewable energy|the internet|a small village|the ocean|friendship|"
@@ -115,7 +139,7 @@ _WORDS: Mapping[str, Sequence[str]] = {
         "sleep|coffee|bees|the brain|urban gardens|autumn"
     ).split("|"),
 }
-_SLOT = re.compile(r"\{(name2|name|n|place|verb|object|noun|language|topic|Topic)\}")
+_SLOT = re.compile(r"\{(name2|name|n|place|verb|object|noun|language|topic|Topic|person|activity|thing)\}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ BETAS = (0.9, 0.95)
 def make_optimizers(
     settings: TrainSettings, draft: DFlashDraftModel, compile: bool
 ) -> dict[str, torch.optim.Optimizer]:
-    """One optimiser for matrices, one for everything else."""
-    matrices = [p for p in draft.parameters() if p.dim() == 2]
-    rest = [p for p in draft.parameters() if p.dim() != 2]
+    """One optimiser for matrices, one for everything else: norms, convolutions, codebooks (a row per token)."""
+    matrices, rest = [], []
+    for name, parameter in draft.named_parameters():
+        (matrices if parameter.dim() == 2 and "codebook" not in name else rest).append(parameter)
     fused, decay = matrices[0].is_cuda, settings.weight_decay
     if settings.optimizer == "muon":
         first: torch.optim.Optimizer = Muon(matrices, settings.matrix_lr, settings.momentum, decay, compile)

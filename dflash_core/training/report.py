@@ -87,13 +87,15 @@ def card(
     progress: Mapping[str, Any], evaluation: Mapping[str, Any] | None, start: str,
 ) -> str:  # fmt: skip
     """The checkpoint's README.md: what it is, what it scores, what made it."""
-    taps = ", ".join(map(str, config["dflash_config"]["target_layer_ids"]))
+    nested = config["dflash_config"]
+    taps = ", ".join(map(str, nested["target_layer_ids"]))
+    kind = "DFlash 2" if "selector_rank" in nested else "DFlash"
     parts = [
-        f"# DFlash draft model for {target}",
-        "A block-diffusion draft model (DFlash, arXiv 2602.06036) for speculative decoding: "
+        f"# {kind} draft model for {target}",
+        f"A block-diffusion draft model ({kind}, arXiv 2602.06036) for speculative decoding: "
         f"{config['num_hidden_layers']} layers, blocks of {config['block_size']} (one anchor, "
         f"{config['block_size'] - 1} drafted tokens), target layers {taps}, "
-        f"mask token {config['dflash_config']['mask_token_id']}. "
+        f"mask token {nested['mask_token_id']}{_dflash2(nested)}. "
         "It shares the target's embedding and head and works with no other target.",
         "## Acceptance length",
         _score_table(evaluation) if evaluation else "Not evaluated yet.",
@@ -105,6 +107,27 @@ def card(
         _list(settings),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _dflash2(nested: Mapping[str, Any]) -> str:
+    parts = {
+        "conv_kernel_size": "a convolution over {} slots around every sublayer",
+        "selector_rank": "a candidate selector of rank {}",
+    }
+    return "".join(f", {words.format(nested[name])}" for name, words in parts.items() if nested.get(name))
+
+
+def source(name: str, manifest: Mapping[str, Any]) -> str:
+    """One source of training data in a line: its name and, where a manifest tells, how its replies were made."""
+    runs = manifest.get("runs") or []
+    replies = sum(run["replies"] for run in runs)
+    if not replies:
+        return name
+    greedy, last = sum(run["greedy"] for run in runs) / replies, runs[-1]["settings"]
+    return (
+        f"{name}: {replies:,} replies, {sum(run['reply_tokens'] for run in runs):,} tokens, {greedy:.0%} greedy, the rest"
+        f" at temperature {last['temperature']}, at most {last['max_reply']} tokens each"
+    )
 
 
 def _score_table(evaluation: Mapping[str, Any]) -> str:

@@ -33,16 +33,27 @@ class TrainSettings:
     held_out: int = _option(64, "sequences taken out of the data for evaluation when there are no --prompts")
     held_out_tokens: int = _option(256, "longest greedy reply to a held-out prompt", free=True)
 
-    init_from: str | None = _option(None, "start from this draft checkpoint's weights (its shape is used)")
+    init_from: str | None = _option(
+        None, "start from this draft's weights and shape; its MLP can be cut, and DFlash 2's parts can join"
+    )
     init_layers: Literal["target", "random"] = _option(
         "target", "'target' copies its last layers: 2.25 -> 2.06 loss at step 500"
     )
     layers: int = _option(5, "draft layers; each costs one target layer per verify pass")
+    intermediate_size: int | None = _option(
+        None, "width of the draft's MLPs; default: the target's. A cut keeps the units with the largest weights"
+    )
     block_size: int = _option(
         8, "slots per block; short blocks pay when few tokens are accepted (16 -> 8: 2.39 -> 2.49)"
     )
     features: int = _option(5, "number of tapped target layers, spread evenly")
     taps: list[int] = _option((), "tapped target layers, instead of --features")
+    conv_kernel_size: int = _option(0, "DFlash 2's convolution along the block: 2 lets a slot see the one before; 0 is off")
+    conv_group_size: int = _option(16, "channels that share a dynamic kernel of the convolution")
+    selector_rank: int = _option(
+        0, "size of DFlash 2's candidate selector (4 bytes x vocabulary x rank on disk); 0 is off"
+    )
+    selector_top_k: int = _option(16, "candidates per slot that the selector looks at")
     mask_token_id: int | None = _option(
         None, "embedding that fills empty slots; default: a special token the data never uses"
     )
@@ -115,6 +126,14 @@ class TrainSettings:
         _check(self)
 
     @property
+    def shape_changes(self) -> dict[str, int]:
+        """How the draft's shape shall differ from a plain draft of the target's width."""
+        names = ["intermediate_size"] if self.intermediate_size else []
+        names += ["conv_kernel_size", "conv_group_size"] if self.conv_kernel_size else []
+        names += ["selector_rank", "selector_top_k"] if self.selector_rank else []
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def slot_gamma(self) -> float:
         if self.gamma is not None:
             return self.gamma
@@ -146,6 +165,11 @@ def _check(settings: TrainSettings) -> None:
     for name in ("evaluate_every", "save_every", "log_every", "held_out_tokens", "distil_top"):
         need(getattr(settings, name) >= 1, name, "at least 1")
     need(settings.block_size >= 2, "block_size", "at least 2")
+    for name in ("conv_kernel_size", "selector_rank"):
+        need(getattr(settings, name) >= 0, name, "0 (off) or more")
+    for name in ("conv_group_size", "selector_top_k"):
+        need(getattr(settings, name) >= 1, name, "at least 1")
+    need(settings.intermediate_size is None or settings.intermediate_size >= 1, "intermediate_size", "at least 1")
     need(settings.gamma is None or settings.gamma > 0, "gamma", "above 0")
     need(0.0 < settings.dpace_alpha <= 1.0, "dpace_alpha", "above 0 and at most 1")
     for name in ("distil", "warm_up", "decay"):

@@ -15,6 +15,7 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -24,15 +25,17 @@ from dflash_core.draft_files import load_draft, read_draft_config  # noqa: E402
 from dflash_core.errors import DFlashError, TrainingError  # noqa: E402
 from dflash_core.loading import KNOWN_PAIRS, Pair, load_pair  # noqa: E402
 from dflash_core.model import DFlashDraftModel  # noqa: E402
+from dflash_core.target import Target  # noqa: E402
 from dflash_core.training import heldout, state  # noqa: E402
 from dflash_core.training.checks import check_context, check_prompts, prepare_output  # noqa: E402
 from dflash_core.training.data import DrawSettings, PackedData  # noqa: E402
 from dflash_core.training.features import TargetReader, check_room  # noqa: E402
-from dflash_core.training.init import Measured, draft_config, initialise, measure  # noqa: E402
+from dflash_core.training.init import Measured, draft_config, grown, initialise, measure  # noqa: E402
 from dflash_core.training.loss import FullSoftmax, SampledSoftmax, Softmax  # noqa: E402
 from dflash_core.training.machine import Machine, decide_machine  # noqa: E402
 from dflash_core.training.objective import DraftObjective, LossSettings  # noqa: E402
 from dflash_core.training.schedule import Clock  # noqa: E402
+from dflash_core.training.report import source  # noqa: E402
 from dflash_core.training.settings import TrainSettings, digest, parse  # noqa: E402
 from dflash_core.training.shards import TokenShards  # noqa: E402
 from dflash_core.training.source import InputSource  # noqa: E402
@@ -45,12 +48,13 @@ DEFAULT_EPOCHS = 6.0
 log = logging.getLogger("dflash_core.training")
 
 
-def load_target(settings: TrainSettings, device: torch.device) -> Pair:
+def load_target(settings: TrainSettings, accelerator: Accelerator) -> Pair:
     """The target alone: a known pair's, or a Hub id or folder."""
-    where = settings.device if settings.device != "auto" else str(device)
-    if settings.target in KNOWN_PAIRS:
-        return load_pair(settings.target, draft="none", device=where, dtype=settings.dtype)
-    return load_pair(target=settings.target, draft="none", device=where, dtype=settings.dtype)
+    where = settings.device if settings.device != "auto" else str(accelerator.device)
+    # Without mixed precision the float32 draft reads the target's features as they are.
+    dtype = "float32" if settings.dtype == "auto" and accelerator.mixed_precision == "no" else settings.dtype
+    name = {"name" if settings.target in KNOWN_PAIRS else "target": settings.target}
+    return load_pair(**name, draft="none", device=where, dtype=dtype)
 
 
 def pick_mask_token(pair: Pair, counts: np.ndarray, wanted: int | None) -> int:
@@ -100,6 +104,22 @@ def make_softmax(settings: TrainSettings, pair: Pair, counts: np.ndarray) -> tup
     return SampledSoftmax(target, frequent, is_frequent), np.sort(order[settings.frequent :])
 
 
+def first_draft(settings: TrainSettings, target: Target) -> DFlashDraftModel:
+    """The draft that --init-from names, in float32 on the target's device, grown or cut as the settings say."""
+    assert settings.init_from is not None
+    folder = Path(settings.init_from)
+    config = read_draft_config(read_json(folder / "config.json"))
+    if (config.hidden_size, config.vocab_size, config.num_target_layers) != (
+        target.hidden_size, target.vocab_size, target.num_layers,
+    ):  # fmt: skip
+        raise TrainingError(
+            "The first draft does not fit the target.", f"{folder}.", "Start from a draft of this target."
+        )
+    torch.manual_seed(settings.seed)
+    trained = load_draft(weight_files(folder), config, target.device, torch.float32)
+    return grown(trained, settings.shape_changes)
+
+
 def make_draft(
     settings: TrainSettings, pair: Pair, data: PackedData, counts: np.ndarray, found: dict[str, Any] | None
 ) -> tuple[DFlashDraftModel, Measured, str]:
@@ -113,18 +133,13 @@ def make_draft(
         scales = Measured([1.0 / scale for scale in found["tap_scale"]], [])
         return DFlashDraftModel(config).to(device), scales, found["start"]
     if settings.init_from:
-        folder = Path(settings.init_from)
-        config = read_draft_config(read_json(folder / "config.json"))
-        if (config.hidden_size, config.vocab_size, config.num_target_layers) != (
-            target.hidden_size, target.vocab_size, target.num_layers,
-        ):  # fmt: skip
-            raise TrainingError(
-                "The first draft does not fit the target.", f"{folder}.", "Start from a draft of this target."
-            )
-        draft = load_draft(weight_files(folder), config, device, torch.float32).requires_grad_(True).train()
+        draft = first_draft(settings, target)
+        config = draft.config
     else:
         mask = pick_mask_token(pair, counts, settings.mask_token_id)
-        config = draft_config(target, settings.layers, settings.block_size, mask, settings.taps, settings.features)
+        config = draft_config(
+            target, settings.layers, settings.block_size, mask, settings.taps, settings.features, **settings.shape_changes
+        )
         torch.manual_seed(settings.seed)
         draft = DFlashDraftModel(config).to(device)
     reader = TargetReader(target, config.target_layer_ids, use_flex=False, compile=False)
@@ -161,7 +176,7 @@ def build(settings: TrainSettings) -> Trainer:
     if found is None:
         state.check_free(output)
     machine = decide_machine(settings)
-    pair = load_target(settings, machine.accelerator.device)
+    pair = load_target(settings, machine.accelerator)
     check_context(settings, pair, shards)
     prompts, held_out = make_prompts(settings, pair, shards)
     data = PackedData(shards, settings.context_tokens, held_out)
@@ -243,13 +258,13 @@ def _load_weights(draft: DFlashDraftModel, found: tuple[Path, dict[str, Any]] | 
 
 
 def _data_story(settings: TrainSettings, data: PackedData) -> dict[str, Any]:
-    known = {k: v for k, v in data.shards.manifest.items() if isinstance(v, str | int | float | dict | list)}
+    named = zip(settings.data, data.shards.manifests, strict=True)
     return {
-        "sources": [Path(path).name for path in settings.data],
+        "sources": "; ".join(source(Path(path).name, manifest) for path, manifest in named),
         "sequences": len(data.ids),
         "tokens": int(data.shards.lengths[data.ids].sum(dtype=np.int64)),
-        "replies_by": "the target itself",
-    } | known
+        "replies by": "the target itself",
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

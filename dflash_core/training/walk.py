@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dflash_core.masks import TrainingLayout
 from dflash_core.model import DFlashDraftModel
+from dflash_core.target import Target
 from dflash_core.training.data import Pack, PackedData
 from dflash_core.training.features import HEAD_CHUNK, TargetReader
-from dflash_core.training.loss import slot_labels
+from dflash_core.training.loss import predecessors, slot_labels
 from dflash_core.training.objective import fill_blocks, layer_masks
 
 OPENING = 64
@@ -93,7 +94,10 @@ class Score:
 def right_slots(
     draft: DFlashDraftModel, reader: TargetReader, pack: Pack, anchors: int, block_size: int, use_flex: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which slots match the reply [N, k] and which lie inside it [N, k], for an anchor on every eligible token."""
+    """Which slots match the reply [N, k] and which lie inside it [N, k], for an anchor on every eligible token.
+
+    A selector is shown the reply's own token before each slot: where a block is still right, that is what it chose.
+    """
     device = draft.fc.weight.device
     tokens, document, position = (
         torch.from_numpy(a).to(device)[None] for a in (pack.tokens, pack.document, pack.position)
@@ -107,9 +111,16 @@ def right_slots(
     hidden = fill_blocks(draft, reader.target, context, tokens, layout, masks)[0, :, 1:]
     labels, live = slot_labels(tokens[0], None, document[0], anchor[0], block_size)
     flat = hidden.flatten(0, 1).to(reader.target.dtype)
-    guesses = torch.cat([reader.target.head(part).argmax(-1) for part in flat.split(HEAD_CHUNK)])
+    before = predecessors(tokens[0], anchor[0], labels).flatten()
+    parts = zip(flat.split(HEAD_CHUNK), before.split(HEAD_CHUNK), strict=True)
+    guesses = torch.cat([_guess(draft, reader.target, *part) for part in parts])
     count = len(pack.eligible)
     return (guesses.view_as(labels) == labels)[:count] & live[:count], live[:count]
+
+
+def _guess(draft: DFlashDraftModel, target: Target, hidden: Tensor, before: Tensor) -> Tensor:
+    logits, selector = target.head(hidden), draft.candidate_selector
+    return logits.argmax(-1) if selector is None else selector.follow(hidden, logits, before)
 
 
 def walk(accepted: Sequence[int]) -> Iterator[tuple[int, int]]:
