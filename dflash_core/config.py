@@ -26,9 +26,10 @@ def default_target_layer_ids(target_layers: int, features: int) -> tuple[int, ..
 class DraftConfig:
     """The draft model's shape, validated once. Field names follow the public checkpoints' config.json.
 
-    is_causal    within a block: None means sliding layers only, as the public code reads a missing entry
-    conv_*       DFlash 2's convolution around every sublayer, 0 for none
-    selector_*   DFlash 2's candidate selector, 0 for none
+    is_causal               within a block: None means sliding layers only, as the public code reads a missing entry
+    input_embedding_scale   on the raw rows of the target's embedding; None takes what the target itself sees
+    conv_*                  DFlash 2's convolution around every sublayer, 0 for none
+    selector_*              DFlash 2's candidate selector, 0 for none
     """
 
     hidden_size: int
@@ -48,6 +49,7 @@ class DraftConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    input_embedding_scale: float | None = None
     conv_kernel_size: int = 0
     conv_group_size: int = 0
     selector_rank: int = 0
@@ -120,6 +122,7 @@ class DraftConfig:
                 rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 max_position_embeddings=int(raw.get("max_position_embeddings", 32768)),
                 rope_parameters=_rope_parameters(raw),
+                input_embedding_scale=_float_or_none(nested.get("input_embedding_scale", raw.get("input_embedding_scale"))),
                 **{name: int(nested.get(name, raw.get(name)) or 0) for name in DFLASH2_FIELDS},
             )
         except (TypeError, ValueError) as error:
@@ -133,6 +136,8 @@ class DraftConfig:
         """The public `config.json` of this draft; `from_dict` reads it back unchanged."""
         rope = dict(self.rope_parameters)
         nested: dict[str, Any] = {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)}
+        if self.input_embedding_scale is not None:
+            nested["input_embedding_scale"] = self.input_embedding_scale
         if self.is_dflash2:
             nested |= {"block_size": self.block_size} | {name: getattr(self, name) for name in DFLASH2_FIELDS}
         return {
@@ -162,6 +167,10 @@ class DraftConfig:
             "use_sliding_window": "sliding_attention" in self.layer_types,
             "vocab_size": self.vocab_size,
         }
+
+
+def _float_or_none(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class DFlashDrafter:
         return ids
 
     def _fill(self, ids: Tensor) -> Proposal:
-        block = self._target.embed(ids).to(self._draft.fc.weight)
+        block = self._target.embed(ids, self._draft.config.input_embedding_scale).to(self._draft.fc.weight)
         hidden = self._draft.fill(self._cache, block)[0, 1:]
         logits, selector = self._target.head(hidden), self._draft.candidate_selector
         return logits if selector is None else selector.chain(hidden, logits, ids[0, :1])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
@@ -67,8 +67,10 @@ class Target:
         """Rows of the embedding: mask ids may lie beyond the tokenizer's length but not beyond this."""
         return self._embedding.weight.shape[0]
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings [B, S, H] of ids [B, S] as the target's first layer sees them."""
+    def embed(self, ids: Tensor, scale: float | None = None) -> Tensor:
+        """Token embeddings [B, S, H] of ids [B, S] as the target's first layer sees them, or the raw ones times `scale`."""
+        if scale is not None:
+            return embedding(ids.to(self._embedding.weight.device), self._embedding.weight) * scale
         embeds = self._embedding(ids.to(self._embedding.weight.device))
         return embeds if self._embedding_scale == 1.0 else embeds * self._embedding_scale
 

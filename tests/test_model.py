@@ -158,6 +158,7 @@ def test_tap_spacing_is_the_papers():
 def test_config_survives_its_own_json():
     for rope in ({"rope_type": "default", "rope_theta": 5.0}, {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}):
         config = tiny.tiny_draft_config(
-            tiny.tiny_llama().config, rope_parameters=rope, layer_types=("sliding_attention", "full_attention"), sliding_window=9
-        )
+            tiny.tiny_llama().config, rope_parameters=rope, layer_types=("sliding_attention", "full_attention"), sliding_window=9,
+            is_causal=None, input_embedding_scale=rope["rope_theta"],
+        )  # fmt: skip
         assert DraftConfig.from_dict(config.to_dict()) == config

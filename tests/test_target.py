@@ -86,6 +86,7 @@ def test_head_and_embedding_carry_the_targets_own_scales(target):
     tokens = ids(4, 7)
     output = target.model(tokens, output_hidden_states=True)
     same(target.embed(tokens), output.hidden_states[0])
+    same(target.embed(tokens, 3.0), 3.0 * target.model.get_input_embeddings().weight[tokens])
     same(target.head(output.hidden_states[-1]), output.logits)
 
 

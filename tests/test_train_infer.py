@@ -23,6 +23,7 @@ DRAFTS = {
     "full": {},
     "sliding": SLIDING,
     "causal where sliding": SLIDING | {"is_causal": None},
+    "own embedding scale": {"input_embedding_scale": 3.0},
     "convolved": SLIDING | {"conv_kernel_size": 3, "conv_group_size": 8},
 }
 

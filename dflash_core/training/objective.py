@@ -66,7 +66,7 @@ def fill_blocks(
     rows, count = layout.anchor.shape
     ids = torch.full((rows, count, layout.block_size), draft.config.mask_token_id, device=tokens.device)
     ids[:, :, 0] = tokens.gather(1, layout.anchor.clamp(min=0))
-    block = target.embed(ids.flatten(1)).to(context.device)
+    block = target.embed(ids.flatten(1), draft.config.input_embedding_scale).to(context.device)
     hidden = draft(block, context, layout.slot_position, layout.position, masks, layout.block_size)
     return hidden.unflatten(1, (count, layout.block_size))
 
