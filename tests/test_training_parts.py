@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
+from dflash_core.model import DFlashDraftModel
 from dflash_core.target import Target
 from dflash_core.training import loss
 from dflash_core.training.features import TargetReader
-from dflash_core.training.init import draft_config, initialise, measure
+from dflash_core.training.init import Measured, draft_config, initialise, measure
 from dflash_core.training.muon import Muon, orthogonalise
 from dflash_core.training.schedule import Clock, Schedule
 from tests.tiny import tiny_draft, tiny_gemma3, tiny_llama, tiny_qwen3
@@ -211,3 +212,18 @@ def test_a_draft_starts_as_its_targets_last_layers(make):
         rms = captured[0].pow(2).mean().sqrt().item()
         assert draft.layers[1].self_attn.q_norm.weight.tolist() == pytest.approx([rms] * 8, rel=1e-3)
     assert "random" in initialise(draft, target, measured, from_target=False)
+
+
+def test_a_narrower_draft_takes_the_targets_strongest_units():
+    model = tiny_llama()
+    width = model.config.intermediate_size
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:, ::2] = 0.0
+    target = Target(model)
+    draft = DFlashDraftModel(draft_config(target, 2, 4, 127, None, 3, intermediate_size=width // 2))
+    said = initialise(draft, target, Measured([1.0] * 3, [(1.0, 1.0)] * 2), from_target=True)
+    assert "up_proj" in said and draft.layers[0].mlp.up_proj.weight.shape == (width // 2, 32)
+    x = torch.randn(1, 5, 32)
+    for mine, theirs in zip(draft.layers, model.model.layers[-2:], strict=True):
+        expected = theirs.mlp(theirs.post_attention_layernorm(x))
+        assert torch.allclose(mine.mlp(mine.post_attention_layernorm(x)), expected, atol=1e-5)

@@ -131,7 +131,10 @@ def initialise(draft: DFlashDraftModel, target: Target, measured: "Measured", fr
 
 
 def _copy_layer(mine: Any, theirs: Any, scale: tuple[float, float], config: DraftConfig) -> set[str]:
-    """Copy the projections that have the same shape, the norms before them folded in; returns their names."""
+    """Copy the projections that have the same shape, the norms before them folded in; returns their names.
+
+    Of a wider MLP the strongest units are taken.
+    """
     copied = set()
     groups = (
         ("self_attn", ("q_proj", "k_proj", "v_proj"), "input_layernorm"),
@@ -139,10 +142,10 @@ def _copy_layer(mine: Any, theirs: Any, scale: tuple[float, float], config: Draf
         ("mlp", ("gate_proj", "up_proj"), "post_attention_layernorm"),
         ("mlp", ("down_proj",), None),
     )
-    kept = None
-    if all(hasattr(theirs.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
-        width = theirs.mlp.gate_proj.weight.shape[0]
-        kept = strongest_units(theirs.mlp, config.intermediate_size) if config.intermediate_size < width else None
+    mlp = getattr(theirs, "mlp", None)
+    gated = all(isinstance(getattr(mlp, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj"))
+    narrower = gated and config.intermediate_size < mlp.gate_proj.weight.shape[0]
+    kept = strongest_units(mlp, config.intermediate_size) if narrower else None
     for part, names, norm in groups:
         gain = _gain(getattr(theirs, norm), config.hidden_size) if norm else 1.0
         for name in names:
