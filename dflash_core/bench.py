@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from dflash_core.bench_methods import METHODS, Method, Run, logit_gap, make_methods
+from dflash_core.bench_methods import METHODS, Method, Run, logit_gap, make_methods, possible
 from dflash_core.bench_report import VERSION, Difference, first_difference, method_report, table
 from dflash_core.config import SamplingParams
 from dflash_core.errors import DecodeError, DFlashError, PromptError
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     pair = load_from(options)
     ids = [chat_ids(pair.tokenizer, prompt.messages, **pair.chat_template_kwargs) for prompt in prompts]
     check_lengths(pair, ids)
-    kinds = options.methods or [m for m in METHODS if pair.draft is not None or "dflash" not in m]
+    kinds = options.methods or possible(pair)
     methods = make_methods(pair, kinds, params, options.block_size)
     # The warm-up meets every method's errors before an hour was spent on the others.
     for method in make_methods(pair, kinds, replace(params, max_new_tokens=WARM_UP_TOKENS), options.block_size):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dflash_core import DFlashError, SamplingParams, bench
-from dflash_core.bench_methods import METHODS, Method, Run, logit_gap, make_methods
+from dflash_core.bench_methods import METHODS, Method, Run, logit_gap, make_methods, possible
 from tests.tiny import tiny_draft, tiny_llama, tiny_pair, tiny_qwen3_5, write_draft, write_target
 
 PROMPT = [5, 9, 17, 33, 40]
@@ -66,6 +66,18 @@ def test_the_command_measures_all_methods_and_reports_twice(folder, tmp_path, ca
     # Theirs drafts full blocks to the end, so only the last pass may differ.
     assert report["methods"]["hf-dflash"]["tau"] == pytest.approx(dflash["tau"], abs=0.1)
     assert "4/4" in shown and "accepted by position" in shown and "peak memory" in shown and "prose" in shown
+
+
+@pytest.mark.parametrize("shape, left_out", [
+    ({}, set()),
+    ({"selector_rank": 4, "selector_top_k": 4}, {"hf-dflash"}),
+    ({"layer_types": ("sliding_attention",) * 2, "sliding_window": 5, "is_causal": None}, {"hf-dflash"}),
+    (None, {"dflash", "hf-dflash"}),
+])  # fmt: skip
+def test_methods_that_a_pair_does_not_allow_are_left_out(shape, left_out):
+    model = tiny_llama()
+    draft = None if shape is None else tiny_draft(model.config, **shape)
+    assert set(METHODS) - set(possible(tiny_pair(model, draft))) == left_out
 
 
 def test_several_block_sizes_become_several_methods(folder, tmp_path):
