@@ -9,7 +9,7 @@ A block of size B has k = B - 1 drafted slots; slot j predicts the token at anch
 | labels "argmax" | the target's own choice, counted while the data follows it | with gamma 2: 2.16 -> 2.39 |
 | labels "data" | the data's next token | the paper's; learns what a greedy target never says |
 | distil | adds cross-entropy to the target's top-k distribution | none on greedy decoding, helps rejection sampling |
-| selector | every second block's logits are scored after the true token before (DFlash 2) | see README |
+| selector | every second block's logits are scored after the true token before (DFlash 2) | 4.05 -> 4.28 tokens a pass |
 | sampled softmax | frequent tokens exactly, a sample of the rest scaled up | same loss on average, 1/3 of the cost |
 """
 
