@@ -49,6 +49,7 @@ class Status:
     dtype: str = ""
     block_size: int | None = None
     draft_kind: str | None = None
+    fits_transformers: bool | None = None
     context_length: int | None = None
     baseline_seconds: float | None = None
     version: int = 0
@@ -153,6 +154,7 @@ def _ready(pair: Pair, choice: Choice, baseline_seconds: float | None, version: 
         dtype=pair.dtype,
         block_size=pair.block_size,
         draft_kind=pair.draft_kind,
+        fits_transformers=pair.fits_transformers,
         context_length=pair.context_length,
         baseline_seconds=baseline_seconds,
         version=version,

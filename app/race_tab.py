@@ -155,7 +155,7 @@ def race_session(client: gr.Request) -> str:
 def _lanes(desk: Desk) -> dict[str, Any]:
     """What the pair in memory can run; DFlash is chosen until a reader chooses otherwise."""
     lanes = catalogue(desk.engine.status.block_size)
-    if desk.engine.status.draft_kind != "DFlash":  # transformers has a class for that one alone
+    if not desk.engine.status.fits_transformers:
         lanes.pop("hf-dflash", None)
     # transformers' own loops would run outside the process that is lent a GPU.
     offered = [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflash_core.config import DraftConfig, SamplingParams
+from dflash_core.config import SamplingParams
 from dflash_core.decode import decode, default_drafter
 from dflash_core.errors import PromptError
 from dflash_core.events import Prefill, Step
@@ -54,7 +54,7 @@ class Method:
 
 def possible(pair: Pair) -> list[str]:
     """The methods that this pair allows."""
-    lacking = DRAFTING if pair.draft is None else () if _transformers_knows(pair.draft.config) else ("hf-dflash",)
+    lacking = {None: DRAFTING, False: ("hf-dflash",), True: ()}[pair.fits_transformers]
     return [kind for kind in METHODS if kind not in lacking]
 
 
@@ -97,10 +97,6 @@ def _speculation(pair: Pair, kind: str, block_size: int | None) -> dict[str, Any
     return {"assistant_model": hf_draft(pair.draft, block_size), "speculation_type": "dflash"}
 
 
-def _transformers_knows(draft: DraftConfig) -> bool:
-    return not (draft.is_dflash2 or any(draft.attention_rule(kind)[1] for kind in draft.layer_types))
-
-
 def hf_draft(draft: DFlashDraftModel, block_size: int | None = None) -> Any:
     """transformers' own class of the same draft model, holding the same tensors.
 
@@ -109,7 +105,7 @@ def hf_draft(draft: DFlashDraftModel, block_size: int | None = None) -> Any:
     from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
     own = draft.config
-    if not _transformers_knows(own):
+    if not own.fits_transformers:
         raise PromptError(
             "transformers cannot run this draft.",
             f"Its class knows no {'DFlash 2' if own.is_dflash2 else 'causal slots'}.",

@@ -66,6 +66,16 @@ class DraftConfig:
     def is_dflash2(self) -> bool:
         return bool(self.conv_kernel_size or self.selector_rank)
 
+    @property
+    def kind(self) -> str:
+        """The architecture for people to read."""
+        return "DFlash 2" if self.is_dflash2 else "DFlash"
+
+    @property
+    def fits_transformers(self) -> bool:
+        """Whether transformers' own class has a place for this draft: not for DFlash 2's parts nor for causal slots."""
+        return not (self.is_dflash2 or any(self.attention_rule(kind)[1] for kind in self.layer_types))
+
     def attention_rule(self, kind: LayerType) -> tuple[int | None, bool]:
         """Window and causality of one kind of layer."""
         sliding = kind == "sliding_attention"
@@ -77,8 +87,11 @@ class DraftConfig:
         """Read a public `config.json` (Qwen3 fields, `block_size`, `dflash_config`). Raises `LoadError`."""
         nested = raw.get("dflash_config") or {}
 
+        def found(key: str) -> Any:
+            return nested.get(key, raw.get(key))
+
         def need(key: str) -> Any:
-            value = nested.get(key, raw.get(key))
+            value = found(key)
             if value is None:
                 raise LoadError(
                     "This is not a DFlash draft configuration.",
@@ -88,7 +101,7 @@ class DraftConfig:
             return value
 
         for switch in UNSUPPORTED_SWITCHES:
-            if nested.get(switch, raw.get(switch)):
+            if found(switch):
                 raise LoadError(
                     "This draft is a variant that is not supported.",
                     f"Its config.json sets '{switch}'.",
@@ -102,7 +115,7 @@ class DraftConfig:
             )
         block_size, mask_token_id = need("block_size"), need("mask_token_id")
         target_layer_ids, num_target_layers = need("target_layer_ids"), need("num_target_layers")
-        heads, layers = need("num_attention_heads"), need("num_hidden_layers")
+        heads, layers, scale = need("num_attention_heads"), need("num_hidden_layers"), found("input_embedding_scale")
         try:
             return cls(
                 hidden_size=int(need("hidden_size")),
@@ -122,8 +135,8 @@ class DraftConfig:
                 rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 max_position_embeddings=int(raw.get("max_position_embeddings", 32768)),
                 rope_parameters=_rope_parameters(raw),
-                input_embedding_scale=_float_or_none(nested.get("input_embedding_scale", raw.get("input_embedding_scale"))),
-                **{name: int(nested.get(name, raw.get(name)) or 0) for name in DFLASH2_FIELDS},
+                input_embedding_scale=None if scale is None else float(scale),
+                **{name: int(found(name) or 0) for name in DFLASH2_FIELDS},
             )
         except (TypeError, ValueError) as error:
             raise LoadError(
@@ -167,10 +180,6 @@ class DraftConfig:
             "use_sliding_window": "sliding_attention" in self.layer_types,
             "vocab_size": self.vocab_size,
         }
-
-
-def _float_or_none(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:

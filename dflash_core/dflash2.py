@@ -81,20 +81,23 @@ class CandidateSelector(nn.Module):
 
     def chain(self, hidden: Tensor, logits: Tensor, anchor: Tensor) -> Chain:
         """The block's candidates and their scores, from hidden states [k, H], logits [k, V] and the anchor's id [1]."""
-        scores, candidates = self.candidates(logits)
+        unary, candidates = self._candidates(logits)
         before = torch.cat((anchor.to(candidates).expand(1, self._top_k), candidates[:-1]))
-        codes = self.codes(hidden, before.to(hidden.device))
-        edges = codes @ self.successor_codebook[candidates.to(hidden.device)].mT
-        return Chain(candidates, scores[:, None] + edges.to(scores), logits.shape[-1])
-
-    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The highest logits [..., K] in float32 and their tokens [..., K]."""
-        found = logits.topk(self._top_k, dim=-1)
-        return found.values.float(), found.indices
+        return Chain(candidates, self._scores(hidden, unary, candidates, before), logits.shape[-1])
 
     def follow(self, hidden: Tensor, logits: Tensor, predecessors: Tensor) -> Tensor:
         """The tokens [M] it takes after known predecessors [M], from hidden states [M, H] and logits [M, V]."""
-        scores, candidates = self.candidates(logits)
-        codes = self.codes(hidden, predecessors[:, None])
-        edges = (codes @ self.successor_codebook[candidates].mT)[:, 0]
-        return candidates.gather(1, (scores + edges.float()).argmax(-1, keepdim=True))[:, 0]
+        unary, candidates = self._candidates(logits)
+        scores = self._scores(hidden, unary, candidates, predecessors[:, None])[:, 0]
+        return candidates.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+
+    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The highest logits [M, K] in float32 and their tokens [M, K]."""
+        found = logits.topk(self._top_k, dim=-1)
+        return found.values.float(), found.indices
+
+    def _scores(self, hidden: Tensor, unary: Tensor, candidates: Tensor, before: Tensor) -> Tensor:
+        """[M, P, K] of candidates [M, K] after each of the tokens `before` [M, P]; the logits may be on another device."""
+        codes = self.codes(hidden, before.to(hidden.device))
+        edges = codes @ self.successor_codebook[candidates.to(hidden.device)].mT
+        return unary[:, None] + edges.to(unary)

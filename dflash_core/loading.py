@@ -82,7 +82,12 @@ class Pair:
     @property
     def draft_kind(self) -> str | None:
         """The draft's architecture for people to read, 'DFlash' or 'DFlash 2'; None without a draft."""
-        return None if self.draft is None else "DFlash 2" if self.draft.config.is_dflash2 else "DFlash"
+        return None if self.draft is None else self.draft.config.kind
+
+    @property
+    def fits_transformers(self) -> bool | None:
+        """Whether transformers' own DFlash class can hold the draft; None without a draft."""
+        return None if self.draft is None else self.draft.config.fits_transformers
 
     @property
     def device(self) -> str:
@@ -91,9 +96,8 @@ class Pair:
     @property
     def place(self) -> str:
         """Where it computes, for people to read: the device, a CPU with its threads."""
-        if self.threads is None:
-            return self.device
-        return f"{self.device}, {self.threads} thread{'' if self.threads == 1 else 's'}"
+        count = self.threads
+        return self.device if count is None else f"{self.device}, {count} thread{'' if count == 1 else 's'}"
 
     @property
     def dtype(self) -> str:

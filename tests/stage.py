@@ -65,7 +65,7 @@ class Stage:
             raise self.load_error
         return SimpleNamespace(
             name=name, tokenizer=self.tokenizer, draft=SimpleNamespace(), block_size=self.block_size, draft_kind="DFlash",
-            place="cpu", dtype="float32", context_length=100_000, chat_template_kwargs={}, stop_token_ids=(1,),
+            fits_transformers=True, place="cpu", dtype="float32", context_length=100_000, chat_template_kwargs={}, stop_token_ids=(1,),
         )  # fmt: skip
 
     def decode(self, pair: Any, ids: Sequence[int], params: SamplingParams, *, drafting: bool = True) -> Iterator[Any]:

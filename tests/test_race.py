@@ -292,13 +292,17 @@ def test_all_lanes_write_the_same_reply(real_desk):
     assert {len(entry.laps[0].ids) for entry in result.lanes} == {len(result.plain.laps[0].ids)}
 
 
-@pytest.mark.parametrize("parts, offered", [({}, True), ({"selector_rank": 4, "selector_top_k": 4}, False)])
-def test_transformers_own_loop_is_offered_for_the_drafts_it_knows(parts, offered):
+@pytest.mark.parametrize("parts, kind, offered", [
+    ({}, "DFlash", True),
+    ({"selector_rank": 4, "selector_top_k": 4}, "DFlash 2", False),
+    ({"layer_types": ("sliding_attention",) * 2, "sliding_window": 5, "is_causal": None}, "DFlash", False),
+])  # fmt: skip
+def test_transformers_own_loop_is_offered_for_the_drafts_it_knows(parts, kind, offered):
     model = tiny_llama()
     pair = tiny_pair(model, tiny_draft(model.config, **parts))
     engine = Engine(load=lambda *_, **__: pair)
     engine.load(Choice())
-    assert engine.wait(30) and engine.status.draft_kind == ("DFlash" if offered else "DFlash 2")
+    assert engine.wait(30) and engine.status.draft_kind == kind
     keys = [key for _, key in _lanes(Desk(engine))["choices"]]
     assert ("hf-dflash" in keys) == offered and {"dflash", "prompt-lookup"} <= set(keys)
 

@@ -63,7 +63,7 @@ def test_prompts_become_the_targets_own_replies(target, prompts, tmp_path):
 def test_the_manifest_tells_how_the_data_was_made(target, prompts, tmp_path):
     facts = run(arguments(target, tmp_path / "out", "--prompts", prompts, "--greedy-fraction", 0.5, "--seed", 3))
     shards = TokenShards.open(tmp_path / "out")
-    manifest, (made,) = shards.manifest, shards.manifest["runs"]
+    manifest, (made,) = shards.manifests[0], shards.manifests[0]["runs"]
     assert manifest["target"] == "tiny" and len(manifest["template_sha256"]) == 64 and manifest["revision"] is None
     assert manifest["counts"]["tokens"] == shards.total_tokens and manifest["counts"]["sequences"] == 24
     assert made == json.loads(json.dumps(facts)) and made["by_category"] == {"a": 12, "b": 12}
@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on(target, prompts, tmp_path, monkeypatch, caps
     assert len(TokenShards.open(tmp_path / "two")) == 9
     assert main([*map(str, whole), "--output", str(tmp_path / "two")]) == 0
     assert stored(tmp_path / "two") == stored(tmp_path / "one")
-    assert [made["replies"] for made in TokenShards.open(tmp_path / "two").manifest["runs"]] == [9, 15]
+    assert [made["replies"] for made in TokenShards.open(tmp_path / "two").manifests[0]["runs"]] == [9, 15]
     assert main([*map(str, whole), "--output", str(tmp_path / "two")]) == 0
     assert "0 replies" in capsys.readouterr().out.splitlines()[-1]
     assert len(TokenShards.open(tmp_path / "two")) == 24

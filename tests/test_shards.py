@@ -40,8 +40,8 @@ def test_shards_return_what_was_written_as_maps(tmp_path, vocab, dtype):
     assert len(list(tmp_path.glob("shard-*.safetensors"))) > 3
     assert_same(shards, expected)
     assert shards[0][0].dtype == dtype and isinstance(shards[0][0], np.memmap)
-    assert shards.total_tokens == sum(len(s.tokens) for s in expected) == shards.manifest["counts"]["tokens"]
-    assert shards.manifest["target"] == "t"
+    assert shards.total_tokens == sum(len(s.tokens) for s in expected) == shards.manifests[0]["counts"]["tokens"]
+    assert shards.manifests[0]["target"] == "t"
     assert shards[-1][0].tolist() == list(expected[-1].tokens)
     with pytest.raises(IndexError):
         shards[50]
@@ -61,7 +61,7 @@ def test_folders_and_npz_are_read_as_one(tmp_path):
     for i, sample in enumerate(first + second):
         assert shards[i][0].tolist() == list(sample.tokens) and shards[i][1] == sample.prompt_length
     assert shards.lengths.tolist() == [len(s.tokens) for s in first + second]
-    assert [m.get("format") for m in shards.manifest["sources"]] == ["dflash-token-shards", None]
+    assert [m.get("format") for m in shards.manifests] == ["dflash-token-shards", None]
     assert shards.category(0) == "a" and shards.category(6) is None
 
 

@@ -26,6 +26,8 @@ from dflash_core.model import DFlashDraftModel
 from dflash_core.target import Target
 from dflash_core.training.features import TargetReader
 
+MLP = ("gate_proj", "up_proj", "down_proj")
+
 
 def draft_config(
     target: Target, layers: int, block_size: int, mask_token_id: int, taps: Sequence[int] | None, features: int,
@@ -92,18 +94,18 @@ def grown(trained: DFlashDraftModel, changes: Mapping[str, int]) -> DFlashDraftM
     draft = DFlashDraftModel(replace(old, **changes)).to(trained.fc.weight.device)
     weights = trained.state_dict()
     for index, layer in enumerate(trained.layers):
-        kept = strongest_units(layer.mlp, draft.config.intermediate_size)
-        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            key = f"layers.{index}.mlp.{name}.weight"
-            weights[key] = weights[key].index_select(dim, kept)
+        cut = strongest_units(layer.mlp, draft.config.intermediate_size)
+        weights |= {f"layers.{index}.mlp.{name}.weight": weight for name, weight in cut.items()}
     draft.load_state_dict(draft.state_dict() | weights)
     return draft
 
 
-def strongest_units(mlp: Any, count: int) -> Tensor:
-    """The `count` units of a gated MLP with the largest product of weights in and out, in their order."""
-    strength = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
-    return strength.float().topk(count).indices.sort().values
+def strongest_units(mlp: Any, count: int) -> dict[str, Tensor]:
+    """A gated MLP's projections cut to the `count` units with the largest product of weights in and out, in order."""
+    gate, up, down = (getattr(mlp, name).weight for name in MLP)
+    strength = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+    kept = strength.float().topk(count).indices.sort().values
+    return dict(zip(MLP, (gate[kept], up[kept], down[:, kept]), strict=True))
 
 
 @torch.no_grad()
@@ -143,9 +145,9 @@ def _copy_layer(mine: Any, theirs: Any, scale: tuple[float, float], config: Draf
         ("mlp", ("down_proj",), None),
     )
     mlp = getattr(theirs, "mlp", None)
-    gated = all(isinstance(getattr(mlp, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj"))
+    gated = all(isinstance(getattr(mlp, name, None), nn.Linear) for name in MLP)
     narrower = gated and config.intermediate_size < mlp.gate_proj.weight.shape[0]
-    kept = strongest_units(mlp, config.intermediate_size) if narrower else None
+    cut = strongest_units(mlp, config.intermediate_size) if narrower else {}
     for part, names, norm in groups:
         gain = _gain(getattr(theirs, norm), config.hidden_size) if norm else 1.0
         for name in names:
@@ -153,9 +155,7 @@ def _copy_layer(mine: Any, theirs: Any, scale: tuple[float, float], config: Draf
             goal = getattr(getattr(mine, part), name).weight
             if not isinstance(source, nn.Linear):
                 continue
-            weight = source.weight
-            if kept is not None and part == "mlp":
-                weight = weight.index_select(1 if name == "down_proj" else 0, kept)
+            weight = cut.get(name, source.weight)
             if weight.shape == goal.shape:
                 goal.copy_(weight.float() * gain)
                 copied.add(name)

@@ -24,14 +24,17 @@ class Machine:
     accelerator: Accelerator
     use_flex: bool
     compile: bool
+    dtype: str
 
 
 def decide_machine(settings: TrainSettings) -> Machine:
     """Raises `TrainingError` for settings that cannot work here."""
     on_gpu = torch.cuda.is_available() and settings.device in ("auto", "cuda") or settings.device.startswith("cuda")
     precision = ("bf16" if on_gpu else "no") if settings.mixed_precision == "auto" else settings.mixed_precision
-    if precision == "no" and settings.dtype not in ("auto", "float32"):
-        found = f"--mixed-precision {precision} with --dtype {settings.dtype}."
+    # Without mixed precision the float32 draft reads the target's features as they are.
+    dtype = "float32" if (precision, settings.dtype) == ("no", "auto") else settings.dtype
+    if precision == "no" and dtype != "float32":
+        found = f"--mixed-precision {precision} with --dtype {dtype}."
         raise TrainingError("Two settings disagree.", found, "Use --dtype float32, or --mixed-precision bf16.")
     accelerator = Accelerator(
         mixed_precision=precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.device == "cpu"
@@ -45,7 +48,7 @@ def decide_machine(settings: TrainSettings) -> Machine:
     compiled = on_gpu if settings.compile is None else settings.compile
     if on_gpu:
         torch.set_float32_matmul_precision("high")
-    return Machine(accelerator, use_flex, compiled)
+    return Machine(accelerator, use_flex, compiled, dtype)
 
 
 def _check_sharding(settings: TrainSettings, accelerator: Accelerator) -> None:

@@ -139,7 +139,7 @@ _WORDS: Mapping[str, Sequence[str]] = {
         "sleep|coffee|bees|the brain|urban gardens|autumn"
     ).split("|"),
 }
-_SLOT = re.compile(r"\{(name2|name|n|place|verb|object|noun|language|topic|Topic|person|activity|thing)\}")
+_SLOT = re.compile(r"\{(n|name2|Topic|" + "|".join(_WORDS) + r")\}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dflash_core.config import DraftConfig
+
 METRICS = "metrics.jsonl"
 PLOT = "report.html"
 
@@ -83,19 +85,17 @@ def plot(output: Path) -> Path | None:
 
 
 def card(
-    target: str, config: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any],
+    target: str, config: DraftConfig, data: Mapping[str, Any], settings: Mapping[str, Any],
     progress: Mapping[str, Any], evaluation: Mapping[str, Any] | None, start: str,
 ) -> str:  # fmt: skip
     """The checkpoint's README.md: what it is, what it scores, what made it."""
-    nested = config["dflash_config"]
-    taps = ", ".join(map(str, nested["target_layer_ids"]))
-    kind = "DFlash 2" if "selector_rank" in nested else "DFlash"
+    taps, kind = ", ".join(map(str, config.target_layer_ids)), config.kind
     parts = [
         f"# {kind} draft model for {target}",
         f"A block-diffusion draft model ({kind}, arXiv 2602.06036) for speculative decoding: "
-        f"{config['num_hidden_layers']} layers, blocks of {config['block_size']} (one anchor, "
-        f"{config['block_size'] - 1} drafted tokens), target layers {taps}, "
-        f"mask token {nested['mask_token_id']}{_dflash2(nested)}. "
+        f"{config.num_hidden_layers} layers, blocks of {config.block_size} (one anchor, "
+        f"{config.block_size - 1} drafted tokens), target layers {taps}, "
+        f"mask token {config.mask_token_id}{_dflash2(config)}. "
         "It shares the target's embedding and head and works with no other target.",
         "## Acceptance length",
         _score_table(evaluation) if evaluation else "Not evaluated yet.",
@@ -109,12 +109,10 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _dflash2(nested: Mapping[str, Any]) -> str:
-    parts = {
-        "conv_kernel_size": "a convolution over {} slots around every sublayer",
-        "selector_rank": "a candidate selector of rank {}",
-    }
-    return "".join(f", {words.format(nested[name])}" for name, words in parts.items() if nested.get(name))
+def _dflash2(config: DraftConfig) -> str:
+    taps, rank = config.conv_kernel_size, config.selector_rank
+    convolution = f", a convolution over {taps} slots around every sublayer" if taps else ""
+    return convolution + (f", a candidate selector of rank {rank}" if rank else "")
 
 
 def source(name: str, manifest: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ class TokenShards(Sequence[tuple[NDArray[Any], int]]):
     def __init__(self, shards: Sequence[_Shard], manifests: Sequence[dict[str, Any]]) -> None:
         self._shards = tuple(shards)
         self._first = np.concatenate(([0], np.cumsum([len(shard.length) for shard in shards], dtype=np.int64)))
-        self.manifests = tuple(manifests)
+        self.manifests = tuple(manifests)  # how each source was made, {} where nothing tells
         self.lengths: NDArray[np.int32] = np.concatenate([shard.length for shard in shards])
         self.prompt_lengths: NDArray[np.int32] = np.concatenate([shard.prompt_length for shard in shards])
 
@@ -141,11 +141,6 @@ class TokenShards(Sequence[tuple[NDArray[Any], int]]):
                 "Run the regenerate command first.",
             )
         return cls(shards, manifests)
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """How the data was made; for several sources their manifests under `sources`."""
-        return self.manifests[0] if len(self.manifests) == 1 else {"sources": list(self.manifests)}
 
     @property
     def total_tokens(self) -> int:

@@ -15,7 +15,6 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -34,8 +33,8 @@ from dflash_core.training.init import Measured, draft_config, grown, initialise,
 from dflash_core.training.loss import FullSoftmax, SampledSoftmax, Softmax  # noqa: E402
 from dflash_core.training.machine import Machine, decide_machine  # noqa: E402
 from dflash_core.training.objective import DraftObjective, LossSettings  # noqa: E402
-from dflash_core.training.schedule import Clock  # noqa: E402
 from dflash_core.training.report import source  # noqa: E402
+from dflash_core.training.schedule import Clock  # noqa: E402
 from dflash_core.training.settings import TrainSettings, digest, parse  # noqa: E402
 from dflash_core.training.shards import TokenShards  # noqa: E402
 from dflash_core.training.source import InputSource  # noqa: E402
@@ -48,13 +47,11 @@ DEFAULT_EPOCHS = 6.0
 log = logging.getLogger("dflash_core.training")
 
 
-def load_target(settings: TrainSettings, accelerator: Accelerator) -> Pair:
+def load_target(settings: TrainSettings, machine: Machine) -> Pair:
     """The target alone: a known pair's, or a Hub id or folder."""
-    where = settings.device if settings.device != "auto" else str(accelerator.device)
-    # Without mixed precision the float32 draft reads the target's features as they are.
-    dtype = "float32" if settings.dtype == "auto" and accelerator.mixed_precision == "no" else settings.dtype
+    where = settings.device if settings.device != "auto" else str(machine.accelerator.device)
     name = {"name" if settings.target in KNOWN_PAIRS else "target": settings.target}
-    return load_pair(**name, draft="none", device=where, dtype=dtype)
+    return load_pair(**name, draft="none", device=where, dtype=machine.dtype)
 
 
 def pick_mask_token(pair: Pair, counts: np.ndarray, wanted: int | None) -> int:
@@ -176,7 +173,7 @@ def build(settings: TrainSettings) -> Trainer:
     if found is None:
         state.check_free(output)
     machine = decide_machine(settings)
-    pair = load_target(settings, machine.accelerator)
+    pair = load_target(settings, machine)
     check_context(settings, pair, shards)
     prompts, held_out = make_prompts(settings, pair, shards)
     data = PackedData(shards, settings.context_tokens, held_out)
@@ -263,7 +260,7 @@ def _data_story(settings: TrainSettings, data: PackedData) -> dict[str, Any]:
         "sources": "; ".join(source(Path(path).name, manifest) for path, manifest in named),
         "sequences": len(data.ids),
         "tokens": int(data.shards.lengths[data.ids].sum(dtype=np.int64)),
-        "replies by": "the target itself",
+        "replies_by": "the target itself",
     }
 
 

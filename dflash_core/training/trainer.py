@@ -267,7 +267,7 @@ class Trainer:
             k: v for k, v in asdict(self.settings).items() if k not in ("output", "data", "prompts", "target", "device")
         }
         text = report.card(
-            self.story.target, config.to_dict(), self.story.data, shown, progress, self._last_score, self.story.start
+            self.story.target, config, self.story.data, shown, progress, self._last_score, self.story.start
         )
         state.save_draft(self.output / name, config, self.shipped_weights(), text)
 
